@@ -12,7 +12,6 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from omnivideo.agent.command_words import find_command_by_words
 from omnivideo.agent.english_rules import ORDINAL_INDEX, WordingPattern
 from omnivideo.contracts import Artifact
 from omnivideo.turns import CommandName, ExecutedCommand
@@ -35,6 +34,12 @@ FORMATS = "gif|png|mp4|jpe?g|webp|webm|mov|avi|pdf|svg|bmp|tiff?|mkv"
 FILE_NAME = rf"\b[\w-]+\.(?:{FORMATS})\b"
 NAMED_RESULT = rf"\b(?:{'|'.join(ORDINAL_INDEX)}|original)\b|#?\d"
 PATTERNS_FILE = "prompts/commands.toml"
+WORDS_FILE = "prompts/command_words.toml"
+WORD = re.compile(r"#?[a-z0-9]+(?:['+._-][a-z0-9]+)*")
+MAX_WORDS, MAX_PHRASE_WORDS = 25, 3
+NUMBER = re.compile(r"#?\d+")
+LENGTHENED = re.compile(r"([a-z])\1{2,}")  # "nooo"
+NAME_OF_FILE = re.compile(r"[a-z0-9][\w-]*\.[a-z0-9]{2,4}")
 CONTRACTED = (
     (r"['\u2018\u2019]", "'"), (r"\b(\w+)n't\b|\b(did|do|does|is|was)nt\b", r"\1\2 not"), (r"\b(\w+)'s\b", r"\1 is"),
     (r"\b(i|you|we)'d\b", r"\1 would"), (r"\b(i|you|we)'ve\b", r"\1 have"), (r"\bi'?m\b", "i am"),
@@ -187,3 +192,83 @@ def find_result_number(words: str, artifacts: Sequence[Artifact]) -> int:
     ordinals = [ORDINAL_INDEX[word] for word in words.split() if word in ORDINAL_INDEX]
     index = ordinals[0] if ordinals else 0 if "original" in words else -2 if "earlier" in words else -1
     return numbers[index] if -len(numbers) <= index < len(numbers) else 0
+
+
+# ---------------------------------------------------------------- commands by their words, in any order
+
+
+@dataclass(frozen=True)
+class CommandReading:
+    """A command, the sets of concepts of which one must be there in full, and the further concepts that may be there.
+
+    `needs_result` says that the words are this command only once there is a result.
+    """
+
+    name: CommandName
+    needs: tuple[frozenset[str], ...]
+    allows: frozenset[str]
+    needs_result: bool
+
+
+@dataclass(frozen=True)
+class CommandWords:
+    """`concepts` maps words, or phrases of up to three, to what they mean; `readings` are tried in order."""
+
+    concepts: dict[str, frozenset[str]]
+    readings: tuple[CommandReading, ...]
+
+
+@cache
+def load_command_words() -> CommandWords:
+    """Read the words of the commands."""
+    document = tomllib.loads((files("omnivideo.agent") / WORDS_FILE).read_text(encoding="utf-8"))
+    concepts: dict[str, set[str]] = {}
+    for concept, words in document["concepts"].items():
+        for phrase in re.split(r"[,\n]\s*", words.strip()):
+            concepts.setdefault(phrase, set()).add(concept)
+    readings = tuple(
+        CommandReading(
+            entry["name"],
+            tuple(frozenset(need.split()) for need in entry["needs"]),
+            frozenset(entry.get("allows", "").split()) | {"filler"},
+            entry.get("needs_result", False),
+        )
+        for entry in document["readings"]
+    )
+    return CommandWords({phrase: frozenset(names) for phrase, names in concepts.items()}, readings)
+
+
+def list_concepts(words: Sequence[str]) -> list[frozenset[str]]:
+    """Return the concepts of the longest known phrases in order; the empty set for an unknown word."""
+    known, found, position = load_command_words().concepts, list[frozenset[str]](), 0
+    while position < len(words):
+        for length in range(min(MAX_PHRASE_WORDS, len(words) - position), 0, -1):
+            phrase = " ".join(words[position : position + length])
+            if meanings := known.get(phrase) or (list_concepts_of_form(phrase) if length == 1 else None):
+                found.append(meanings)
+                break
+        else:
+            return [*found, frozenset()]
+        position += length
+    return found
+
+
+def list_concepts_of_form(word: str) -> frozenset[str]:
+    """Return the concept of a number or of the name of a file."""
+    return frozenset({"number"} if NUMBER.fullmatch(word) else {"filename"} if NAME_OF_FILE.fullmatch(word) else ())
+
+
+def find_command_by_words(text: str, *, has_result: bool) -> CommandName | None:
+    """Return the command that all words of a text make together, or None."""
+    words = WORD.findall(LENGTHENED.sub(r"\1", text))
+    if not words or len(words) > MAX_WORDS:
+        return None
+    concepts = list_concepts(words)
+    for reading in load_command_words().readings:
+        if reading.needs_result and not has_result:
+            continue
+        for need in reading.needs:
+            allowed = need | reading.allows
+            if all(meanings & allowed for meanings in concepts) and need <= frozenset().union(*concepts):
+                return reading.name
+    return None

@@ -9,7 +9,6 @@ from omnivideo.agent.commands import find_command
 from omnivideo.agent.small_world import replies, talk
 from omnivideo.agent.small_world.changed_scenes import describe_changed_scene
 from omnivideo.agent.small_world.edits import read_edit
-from omnivideo.agent.small_world.framing import drop_framing
 from omnivideo.agent.small_world.lexicon import Token, load_lexicon, normalize_text, tokenize
 from omnivideo.agent.small_world.reading import is_in_trained_words, list_object_names, read_action
 from omnivideo.agent.small_world.readings import Context, Reading
@@ -40,7 +39,7 @@ def read_turn(text: str, context: Context) -> list[Reading]:
     readings, removed, at_start = list[Reading](), list[str](), context
     is_about_result = context.medium and any(load_pattern(name).search(normalize_text(text)) for name in ABOUT_RESULT)
     if is_about_result or not is_in_trained_words(text, normalize_text(text), tokenize(text), context):
-        text = reword_by_context(drop_framing(take_back_words(text)), context)
+        text = reword_by_context(talk.drop_framing(take_back_words(text)), context)
     parts = split_results(text) or split_changes(text, context) or split_turn(text)
     if len(parts) == 1 and load_pattern("follow_up").match(normalize_text(text)):
         parts = [text]
@@ -74,7 +73,7 @@ def resolve_repeated_changes(readings: list[Reading], text: str) -> list[Reading
     normalized = normalize_text(text)
     if len(readings) > 1 and any(reading.command and reading.command.name == "cancel" for reading in readings):
         return [Reading("ask", text, message=replies.build_unclear_question())]
-    if load_pattern("sequence").search(normalized):
+    if len(readings) < 2 or load_pattern("sequence").search(normalized):
         return readings
     last = dict[tuple[str, str, str], tuple[int, str]]()
     replaced = set[int]()
