@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from omnivideo.agent.small_world.changes import IMPERATIVE_MOTIONS, WordedChange
 from omnivideo.agent.small_world.edits import read_edit
@@ -46,7 +47,7 @@ def change_scene(scene: DescribedScene, changes: Sequence[WordedChange]) -> Desc
     return scene
 
 
-def change_objects(scene: DescribedScene, target: str, **values: str | None) -> DescribedScene:
+def change_objects(scene: DescribedScene, target: str, **values: Any) -> DescribedScene:
     return replace(scene, objects=[replace(obj, **values) if is_target(obj, target) else obj for obj in scene.objects])
 
 

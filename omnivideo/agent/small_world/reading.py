@@ -310,8 +310,9 @@ def read_scene_action(text: str, normalized: str, tokens: Sequence[Token], conte
     has_reference = any(token.has("reference") for token in tokens)
     if not has_reference and is_plain_wording(text, normalized, load_pattern("scene_form")):
         return Reading("do", text)
-    medium = "video" if scene.is_video else "image"
-    return Reading("do", scene.to_text(), goal="generate", medium=medium, reference="new")
+    return Reading(
+        "do", scene.to_text(), goal="generate", medium="video" if scene.is_video else "image", reference="new"
+    )
 
 
 def find_scene_problem(scene: DescribedScene, normalized: str) -> str:
