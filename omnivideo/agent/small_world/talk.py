@@ -26,6 +26,8 @@ CERTAIN = (
 )
 
 COURTESIES = ("thanks", "how are you?", "goodbye", "hello", "perfect")  # said beside a request
+SUBSTANCE = ("shape", "plural", "colour", "size", "resize", "motion", "direction", "ground", "region", "relation")
+CLAUSE_END = re.compile(r"(?<![,.;:!?])[,.;:!?]++(?=\s|$)|\s[\u2013\u2014-]++(?=\s)")
 
 SUBSTANCE = ("shape", "plural", "colour", "size", "resize", "motion", "direction", "ground", "region", "relation")
 CLAUSE_END = re.compile(r"(?<![,.;:!?])[,.;:!?]++(?=\s|$)|\s[\u2013\u2014-]++(?=\s)")

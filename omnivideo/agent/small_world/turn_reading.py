@@ -74,7 +74,7 @@ def resolve_repeated_changes(readings: list[Reading], text: str) -> list[Reading
     normalized = normalize_text(text)
     if len(readings) > 1 and any(reading.command and reading.command.name == "cancel" for reading in readings):
         return [Reading("ask", text, message=replies.build_unclear_question())]
-    if load_pattern("sequence").search(normalized):
+    if len(readings) < 2 or load_pattern("sequence").search(normalized):
         return readings
     last = dict[tuple[str, str, str], tuple[int, str]]()
     replaced = set[int]()
