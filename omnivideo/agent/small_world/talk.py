@@ -29,9 +29,6 @@ COURTESIES = ("thanks", "how are you?", "goodbye", "hello", "perfect")  # said b
 SUBSTANCE = ("shape", "plural", "colour", "size", "resize", "motion", "direction", "ground", "region", "relation")
 CLAUSE_END = re.compile(r"(?<![,.;:!?])[,.;:!?]++(?=\s|$)|\s[\u2013\u2014-]++(?=\s)")
 
-SUBSTANCE = ("shape", "plural", "colour", "size", "resize", "motion", "direction", "ground", "region", "relation")
-CLAUSE_END = re.compile(r"(?<![,.;:!?])[,.;:!?]++(?=\s|$)|\s[\u2013\u2014-]++(?=\s)")
-
 
 def find_small_talk(text: str) -> str | None:
     """Return the small talk of the MLLM's world that a text is, or None."""

@@ -62,8 +62,7 @@ def read_turn(text: str, context: Context) -> list[Reading]:
                 removed.append("it")
             readings.append(reading)
             context = replace(update_context(context, reading), is_changed=True)
-    # The first request of a conversation changes nothing.
-    return resolve_repeated_changes(readings, text) if at_start.medium or len(readings) > 1 else readings
+    return resolve_repeated_changes(readings, text)
 
 
 def resolve_repeated_changes(readings: list[Reading], text: str) -> list[Reading]:
