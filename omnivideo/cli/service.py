@@ -195,7 +195,8 @@ def serve(
         try:
             run_server(build_application, listener, settings.trusted_proxies)
         finally:
-            limit_exit_time()
+            if settings.broker:  # otherwise this process has a worker, whose clip must be given back
+                limit_exit_time()
             wiring.close()
 
 
