@@ -2,6 +2,7 @@
 
 import io
 import json
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,9 +78,12 @@ def wait_until(condition, seconds: float = 30.0):
 
 @contextmanager
 def pause_worker(wiring) -> Iterator[None]:
-    """Keep the worker from claiming jobs."""
-    claim_next_job, wiring.worker.jobs.claim_next_job = wiring.worker.jobs.claim_next_job, lambda worker, model: None
+    """Keep the worker from claiming jobs; it has finished a claim in progress."""
+    claim_next_job, is_paused = wiring.worker.jobs.claim_next_job, threading.Event()
+    wiring.worker.jobs.claim_next_job = lambda worker, model: is_paused.set()
     try:
+        wiring.notify_workers()
+        assert is_paused.wait(60)
         yield
     finally:
         wiring.worker.jobs.claim_next_job = claim_next_job
