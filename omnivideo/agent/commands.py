@@ -120,7 +120,7 @@ def match_command_words(words: str, artifacts: Sequence[Artifact]) -> ExecutedCo
         groups["count"] = count["count"]
     if name == "undo" and (repeated := words.count("undo")) > 1:
         groups["count"] = str(repeated)
-    elif name == "undo" and groups.get("count") in (*"1", "a", "an", "one", "another", "other", "more", "some"):
+    elif name == "undo" and groups.get("count") in ("1", "a", "an", "one", "another", "other", "more", "some"):
         del groups["count"]
     return build_command(name, groups) if name else None
 

@@ -117,6 +117,4 @@ def names_substance(clause: str) -> bool:
 
 def is_framing(clause: str) -> bool:
     """Return whether a clause only greets, thanks, excuses, or tells something about the speaker."""
-    return load_pattern("framing").fullmatch(clause) is not None or (
-        find_small_talk(clause) is not None and find_small_talk(clause) in COURTESIES
-    )
+    return load_pattern("framing").fullmatch(clause) is not None or find_small_talk(clause) in COURTESIES
