@@ -54,7 +54,9 @@ class Attacker:
             text = "a" + (unit * TURN_CHARS)[: TURN_CHARS - 2] + "b"
             await self.client.post(f"/v1/threads/{thread['id']}/turns", json={"text": text, "steps": 1})
             tags = "".join(f"<a{index}>" for index in range(MESSAGE_CHARS // 8))
-            await self.client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": tags}]})
+            await self.client.post(
+                "/v1/chat/completions", json={"model": "tiny", "messages": [{"role": "user", "content": tags}]}
+            )
 
         await self.repeat(send, CLIENTS)
 
@@ -130,7 +132,10 @@ class Attacker:
             await self.client.post("/v1/webhooks", json=hook)
         for number in range(BATCHES):
             path, body = [
-                ("/v1/chat/completions", {"messages": [{"role": "user", "content": "what can you do?"}]}),
+                (
+                    "/v1/chat/completions",
+                    {"model": "tiny", "messages": [{"role": "user", "content": "what can you do?"}]},
+                ),
                 ("/v1/images/generations", {"prompt": "a red ball", "num_inference_steps": 1, "n": 4}),
             ][number % 2]
             lines = [

@@ -87,6 +87,10 @@ class EmbeddedService:
         self.process.kill()
         self.process.wait()
 
+    def close(self) -> None:
+        self.kill()
+        self.http.close()
+
     def restart_if_dead(self) -> bool:
         """Start the service again if its process has ended, and return whether it had."""
         is_dead = self.process.poll() is not None
@@ -101,7 +105,7 @@ class EmbeddedService:
             with suppress(httpx.HTTPError):
                 response = self.http.request(method, path, headers=headers, **options)
                 response.raise_for_status()
-                return response.json() if "json" in response.headers["content-type"] else response.content
+                return response.json() if "json" in response.headers.get("content-type", "") else response.content
             self.restart_if_dead()
             time.sleep(0.1)
 
@@ -113,8 +117,7 @@ def run_embedded(folder: Path) -> Iterator[EmbeddedService]:
     try:
         yield service
     finally:
-        service.kill()
-        service.http.close()
+        service.close()
 
 
 # ---------------------------------------------------------------- turns
@@ -201,7 +204,10 @@ def kill_batches(folder: Path, runs: int, rng: random.Random) -> FaultResult:
         for run in range(runs):
             path, body = [
                 ("/v1/videos", {"prompt": "a red ball", "num_inference_steps": 10}),
-                ("/v1/chat/completions", {"messages": [{"role": "user", "content": "what can you do?"}]}),
+                (
+                    "/v1/chat/completions",
+                    {"model": "tiny", "messages": [{"role": "user", "content": "what can you do?"}]},
+                ),
             ][run % 2]
             requests = [
                 {"custom_id": f"{line}", "method": "POST", "url": path, "body": body} for line in range(BATCH_LINES)

@@ -235,6 +235,10 @@ class JobStore(Protocol):
 
     def cancel_by_prefix(self, owner: str, id_prefix: str) -> None: ...
 
+    def stop_followers(self) -> None:
+        """Let all threads that follow a job raise ServiceStopping, now and later."""
+        ...
+
     def get_owned_job(self, job_id: str, owner: str, kind: str) -> JobStatus | None: ...
 
     def list_owned_jobs(

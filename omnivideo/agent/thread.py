@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from omnivideo.agent.rendering import CANCEL_REQUESTED, derive_seed
 from omnivideo.contracts import Artifact, invalid_input_from_validation
-from omnivideo.errors import InvalidInput
+from omnivideo.errors import InvalidInput, ServiceStopping
 from omnivideo.ports import CHARACTER_LIMITS, TextLimits
 from omnivideo.turns import QuestionAsked, Turn, TurnCompleted, TurnEvent, TurnOptions
 
@@ -186,6 +186,8 @@ class Thread:
             for event in iterate_untraced(stream):
                 finished = isinstance(event, TurnCompleted)
                 yield event
+        except ServiceStopping:  # another process continues the turn
+            raise
         except Exception:  # whatever went wrong, the next turn must not continue this one
             self.roll_back(len(state.values["turns"]))
             raise

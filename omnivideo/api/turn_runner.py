@@ -22,6 +22,7 @@ from omnivideo.errors import (
     JobCancelled,
     ModelUnavailable,
     OmniVideoError,
+    ServiceStopping,
     StoreError,
     describe_database_failure,
 )
@@ -107,6 +108,7 @@ class TurnRunner:
         unfinished = list(self.running_turns.values())
         for turn in unfinished:
             self.interrupt_reasons[turn.id, turn.attempt] = "stopped"
+        self.jobs.stop_followers()
         deadline = time.monotonic() + STOP_TIMEOUT_SECONDS
         while self.running_turns and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -282,7 +284,7 @@ class TurnRunner:
                 "turn", extract(turn.body.get("trace", {})), attributes={"turn": turn.id}
             ):
                 state = self.retry_while_unavailable(turn)
-        except (JobCancelled, TurnInterrupted):
+        except (JobCancelled, ServiceStopping, TurnInterrupted):
             state = "cancelled"
         except Exception as raised:
             log_if_internal(raised, f"turn {turn.id}")
@@ -381,9 +383,12 @@ class TurnRunner:
         thread = self.get_thread(turn.owner, turn.thread_id, turn.body.get("lane", "interactive"))
         previous_events, state = self.turns.list_events(turn.id), "asks"
         has_started = any(event["kind"] != "waiting" for _, event in previous_events)
+        # A process may end between the last event and the checkpoint after it.
+        is_completed = any(event["kind"] == "done" for _, event in previous_events)
         events = self.iterate_events(turn, thread, has_started)
         for event in events:
-            self.turns.append_event(turn, event.model_dump())
+            if not (is_completed and isinstance(event, TurnCompleted)):
+                self.turns.append_event(turn, event.model_dump())
             self.last_event_times[turn.id] = time.monotonic()
             state = "done" if isinstance(event, TurnCompleted) else state
             self.stop_if_interrupted(turn, events)

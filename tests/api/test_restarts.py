@@ -100,8 +100,7 @@ def test_restarts_lose_and_repeat_nothing(tmp_path):
         create_turns(service)
         losses = restart_until_done(service)
     finally:
-        service.process.kill()
-        service.process.wait()
+        service.close()
     print(losses, service.log.read_text().count("its process has stopped; it continues here"))
     assert {kind for kind, _ in losses} == {signal.SIGTERM, signal.SIGKILL}
     for kind, count in losses:  # a stop is no loss, and nothing alive is taken for lost
@@ -149,8 +148,7 @@ def test_a_stop_during_chats_of_a_batch_and_a_clip_takes_seconds_and_is_no_loss(
         batch = service.http.get(path).json()
         output = service.http.get(f"/v1/files/{batch['output_file_id']}/content").text.splitlines()
     finally:
-        service.process.kill()
-        service.process.wait()
+        service.close()
     assert sorted(int(json.loads(line)["custom_id"]) for line in output) == list(range(CHAT_LINES))
     assert service.count_losses() == 0 and service.count(batches, batches.c.runner_losses > 0) == 0
     service.wiring.close()

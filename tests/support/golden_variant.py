@@ -308,4 +308,5 @@ WRITERS: tuple[tuple[str, Callable[[dict[str, Tensor], dict[str, Any]], None]], 
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # as the tests do, which compare some values exactly
     write_variant(Path(sys.argv[1]))

@@ -23,7 +23,7 @@ class Terminal:
 
     def __enter__(self) -> "Terminal":
         variables = [f"{name}={value}" for name, value in self.environment.items()]
-        words = ["env", "-u", "TMUX", *variables, *self.command]
+        words = ["env", "-u", "TMUX", "-u", "COLUMNS", "-u", "LINES", *variables, *self.command]
         size = ["-x", str(self.width), "-y", str(self.height)]
         self.run("-f", "/dev/null", "new-session", "-d", *size, "-c", str(self.folder), shlex.join(words))
         self.run("set-option", "-g", "remain-on-exit", "on")

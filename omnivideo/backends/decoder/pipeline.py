@@ -75,6 +75,8 @@ def generate_clip(
         target = medium_from_params(params)
         with name_part("adapter"):
             experts = omni.build_experts([prompt], [features], params.negative_prompt, target, source_1zThw)
+    if initial_state is not None:
+        x_1zThw = initial_state.latents  # the result, if it was saved after the last step
     for progress in denoise_clips(omni, experts, [params.seed], params, initial_state, seconds_by_stage):
         yield progress
         x_1zThw = progress.state.latents
@@ -98,6 +100,8 @@ def generate_clip_batch(
     seconds_by_stage: dict[str, float] = {}
     with time_stage(seconds_by_stage, "condition"), name_part("adapter"):
         experts = omni.build_experts(prompts, features, params.negative_prompt, medium_from_params(params))
+    if initial_state is not None:
+        x_BzThw = initial_state.latents
     for progress in denoise_clips(omni, experts, seeds, params, initial_state, seconds_by_stage):
         yield progress
         x_BzThw = progress.state.latents

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Protocol
 
 from omnivideo.contracts import Artifact, Job, JobStatus, Lane, Preview, StepProgress
-from omnivideo.errors import JobCancelled, StoreError, build_job_error
+from omnivideo.errors import JobCancelled, ServiceStopping, StoreError, build_job_error
 from omnivideo.ports import ObjectStore
 from omnivideo.storage.database.jobs import JobRepository
 from omnivideo.storage.database.repository import retry_while_unavailable
@@ -47,7 +47,10 @@ class DurableQueue:
         yield from self.follow_job(job.id)
 
     def follow_job(self, job_id: str) -> Iterator[StepProgress | Preview | Artifact]:
-        """Follow a submitted job to its artifact. Raises JobFailed or JobCancelled if it ends without one."""
+        """Follow a submitted job to its artifact.
+
+        Raises JobFailed or JobCancelled if it ends without one, and ServiceStopping if this process stops first.
+        """
         include_steps = self.require_status(job_id).turn_id is None
         step, preview = 0, None
         with self.jobs.watch_job(job_id, include_steps) as watch:
@@ -62,6 +65,8 @@ class DurableQueue:
                 if (result := result_from_status(status)) is not None:
                     yield result
                     return
+                if self.jobs.is_stopping.is_set():
+                    raise ServiceStopping
                 watch.wait()
 
     def require_status(self, job_id: str) -> JobStatus:

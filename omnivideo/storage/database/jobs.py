@@ -8,6 +8,7 @@ the rank that is being rendered. A job that is submitted after another owner's t
 or second.
 """
 
+import threading
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -81,6 +82,7 @@ class JobRepository(JobStatistics, JobLimits):
         defaults = (daily_limits or KeyLimits()).model_copy(update={"open_jobs": max_open_jobs_per_owner})
         super().__init__(engine, max_open_jobs, defaults)
         self.resume_timeout_seconds = resume_timeout_seconds
+        self.is_stopping = threading.Event()
 
     # ------------------------------------------------------------ submitting and following
 
@@ -145,6 +147,11 @@ class JobRepository(JobStatistics, JobLimits):
     def watch_job(self, job_id: str, include_steps: bool = False) -> AbstractContextManager[Watch]:
         """Watch for the end of a job and, if `include_steps` is set and the job belongs to no turn, its steps."""
         return self.notifier.watch(job_end_topic(job_id), *[job_step_topic(job_id)] * include_steps)
+
+    def stop_followers(self) -> None:
+        """Let all threads that follow a job raise ServiceStopping, now and later: the process could not end before."""
+        self.is_stopping.set()
+        self.notifier.deliver_missed()
 
     def watch_any_end(self) -> AbstractContextManager[Watch]:
         """Watch for the ends of all jobs, in a thread."""

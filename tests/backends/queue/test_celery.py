@@ -38,8 +38,9 @@ def test_notifying_workers_loads_no_model_library() -> None:
     assert completed.stdout.strip() == "False"
 
 
-def build_job(name: str, steps: int = 4) -> Job:
+def build_job(name: str, steps: int = 4, frames: int = 9) -> Job:
     params = resolve_sampling_params(TINY, "text-to-video", seed=5, steps=steps)
+    params = params.model_copy(update={"frames": frames})  # more than the preset was trained for take longer
     return Job(id=name, prompt="a red ball", visual_tokens=None, source=None, params=params)
 
 
@@ -65,7 +66,7 @@ def test_killed_workers_lose_no_job(deployment):
         assert (status.state, status.attempt) == ("done", 2)
         assert (status.result.key, status.result.latents) == (uninterrupted.key, uninterrupted.latents)
 
-        running = deployment.queue.run(build_job("cancelled", 200))
+        running = deployment.queue.run(build_job("cancelled", 200, frames=33))
         next(running)
         deployment.queue.cancel("cancelled")
         with pytest.raises(JobCancelled):
@@ -191,7 +192,7 @@ def test_a_clip_may_take_longer_than_the_brokers_acknowledgement_timeout(tmp_pat
         deployment = Deployment(tmp_path, address, "", weights)
         with deployment.run_worker() as worker:
             for name in ("longer", "next"):
-                deployment.jobs.submit(build_job(name, 400))
+                deployment.jobs.submit(build_job(name, 200, frames=33))
                 deployment.notify_workers()
                 deployment.wait_for(name, ended=True)
             assert worker.poll() is None
