@@ -58,14 +58,13 @@ class OmnivideoProcess:
 class ServiceCluster:
     """The whole service, running in a folder.
 
-    With `frequent_saves` workers save resume points as often as short jobs need them. With `has_mllm` the language
-    model has a server; otherwise nothing answers at its address. `max_files` limits the open files of the API.
-    `broker` is redis or rabbitmq. With `has_s3_proxy` the S3 server is behind a proxy, which can change its answers.
+    With `frequent_saves` workers save resume points as often as short jobs need them. `max_files` limits the
+    open files of the API. `broker` is redis or rabbitmq. With `has_s3_proxy` the S3 server is behind a proxy, which can change its answers.
     """
 
     def __init__(
         self, folder: Path, weights: str, stack: ExitStack, workers: int = 2, frequent_saves: bool = True,
-        has_mllm: bool = False, max_files: int = 0, extra_settings: dict[str, str] | None = None,
+        max_files: int = 0, extra_settings: dict[str, str] | None = None,
         broker: str = "redis", has_s3_proxy: bool = False,
     ):  # fmt: skip
         self.broker = {"redis": Redis, "rabbitmq": RabbitMQ}[broker](folder / broker)
@@ -75,7 +74,7 @@ class ServiceCluster:
             stack.callback(server.kill)
         self.s3_proxy = FaultyS3Proxy(self.s3.port)
         stack.callback(self.s3_proxy.close)
-        port, mllm_port = free_port(), free_port() if has_mllm else 9
+        port, mllm_port = free_port(), free_port()
         settings = {
             "DATABASE": self.postgres.address, "BROKER": self.broker.address,
             "S3": self.s3_proxy.address if has_s3_proxy else self.s3.address,
@@ -102,7 +101,7 @@ class ServiceCluster:
         overrides = {name.lower(): value for name, value in settings.items() if value}
         self.wiring = ServiceWiring(load_settings(**overrides))
         self.wiring.migrate_database()
-        for program in (*([self.mllm] if has_mllm else []), self.api, *self.workers):
+        for program in (self.mllm, self.api, *self.workers):
             program.start()
             stack.callback(program.kill)
         stack.callback(self.wiring.close)

@@ -105,7 +105,7 @@ def run_deployed(folder: Path) -> Iterator[AttackedService]:
     with ExitStack() as stack:
         settings = {"WEBHOOK_HOSTS": "127.0.0.1", "HEARTBEAT_TIMEOUT": "15"}
         cluster = ServiceCluster(
-            folder, "", stack, workers=1, frequent_saves=False, has_mllm=True, max_files=MAX_FILES,
+            folder, "", stack, workers=1, frequent_saves=False, max_files=MAX_FILES,
             extra_settings=settings,
         )  # fmt: skip
         user_keys, attacker_key = create_keys(cluster.wiring)

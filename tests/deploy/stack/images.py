@@ -6,6 +6,7 @@ these images. Redis and PostgreSQL are Debian's, and rclone stands in for Garage
 
 import functools
 import http.server
+import ipaddress
 import os
 import shutil
 import subprocess
@@ -59,6 +60,17 @@ def build_images_to_start_from(engine: Engine, folder: Path) -> dict[str, str]:
     return {"BASE_IMAGE": BASE} | dict.fromkeys(servers, SERVERS)
 
 
+def find_gateway(engine: Engine) -> str:
+    """Return this machine's address in the engine's bridge; it is the first one of the subnet.
+
+    An engine of Debian 12 states the gateway from its second start on.
+    """
+    (subnet,) = [
+        part["Subnet"] for part in engine("GET", "/networks/bridge")["IPAM"]["Config"] if ":" not in part["Subnet"]
+    ]
+    return str(next(ipaddress.ip_network(subnet).hosts()))
+
+
 @contextmanager
 def serve_wheels(engine: Engine, folder: Path) -> Iterator[dict[str, str]]:
     """Serve the wheels that lie only on this machine to builds; yield settings of .env for builds behind a mirror."""
@@ -68,9 +80,7 @@ def serve_wheels(engine: Engine, folder: Path) -> Iterator[dict[str, str]]:
         settings["CA_CERTIFICATES"] = certificates
     lines, server = ["[global]"], None
     if Path(urlsplit(links).path).is_dir():
-        (gateway,) = [
-            part["Gateway"] for part in engine("GET", "/networks/bridge")["IPAM"]["Config"] if "Gateway" in part
-        ]
+        gateway = find_gateway(engine)
         handler = functools.partial(QuietHandler, directory=urlsplit(links).path)
         server = http.server.ThreadingHTTPServer((gateway, 0), handler)
         threading.Thread(target=server.serve_forever, daemon=True).start()
