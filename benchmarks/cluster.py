@@ -58,8 +58,9 @@ class OmnivideoProcess:
 class ServiceCluster:
     """The whole service, running in a folder.
 
-    With `frequent_saves` workers save resume points as often as short jobs need them. `max_files` limits the
-    open files of the API. `broker` is redis or rabbitmq. With `has_s3_proxy` the S3 server is behind a proxy, which can change its answers.
+    With `frequent_saves` workers save resume points as often as short jobs need them. `max_files` limits the open files
+    of the API. `broker` is redis or rabbitmq. With `has_s3_proxy` the S3 server is behind a proxy, which can change its
+    answers.
     """
 
     def __init__(
