@@ -50,8 +50,9 @@ def test_wrong_answers_of_the_store_change_no_clip(tmp_path):
     with ExitStack() as stack:
         cluster = ServiceCluster(tmp_path, "", stack, workers=1, has_s3_proxy=True)
         seeds = range(4)
-        undisturbed = cluster.wait_for_jobs([cluster.submit(seed, STEPS) for seed in seeds])
-        expected = [key for _, key, _ in undisturbed.values()]
+        ids = [cluster.submit(seed, STEPS) for seed in seeds]
+        undisturbed = cluster.wait_for_jobs(ids)
+        expected = [undisturbed[job_id][1] for job_id in ids]
         for mode in ("slow", "truncate", "corrupt"):
             ids = [cluster.submit(seed, STEPS) for seed in seeds]
             time.sleep(1.0)
