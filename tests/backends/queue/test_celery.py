@@ -16,6 +16,7 @@ from omnivideo.contracts import Artifact, Job, resolve_sampling_params
 from omnivideo.errors import JobCancelled
 from omnivideo.presets import TINY
 from tests.support.deployments import HEARTBEAT_TIMEOUT, Deployment
+from tests.support.openai_service import wait_until
 from tests.support.servers import postgres, rabbitmq, redis
 
 
@@ -103,8 +104,8 @@ def test_a_workers_log_has_its_own_lines(deployment):
     known = set(deployment.home.glob("worker-*.log"))
     with deployment.run_worker():
         list(deployment.queue.run(build_job("logged")))
-        deployment.wait_for("logged", ended=True)
-    (log,) = set(deployment.home.glob("worker-*.log")) - known
+        (log,) = set(deployment.home.glob("worker-*.log")) - known
+        wait_until(lambda: "attempt 1 is done" in log.read_text())  # it is written after the job has ended
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     attempts = [line for line in lines if line.get("job") == "logged"]
     assert [line["message"].split(" after")[0] for line in attempts] == [
