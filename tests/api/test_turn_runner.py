@@ -5,6 +5,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import psycopg
 import pytest
@@ -17,6 +18,7 @@ from omnivideo.agent.conversations import Conversations
 from omnivideo.api import turn_runner
 from omnivideo.api.event_feed import EventFeed
 from omnivideo.api.turn_runner import TurnRunner, is_transient
+from omnivideo.backends.queue.durable import DurableQueue
 from omnivideo.contracts import Change, Job
 from omnivideo.errors import ArtifactNotFound, ModelUnavailable, StoreError
 from omnivideo.presets import TINY
@@ -123,6 +125,36 @@ def test_a_turn_that_kills_its_process_ends_with_a_reason(service):
     assert "stopped 3 processes" in turn.error["message"] and turn.attempt == 3
     assert service.wait_for(service.create_turn("thread", "a blue ball")).state == "done"
     assert service.list_prompts("thread") == ["a blue ball"]
+
+
+def test_a_turn_that_waits_for_a_clip_stops_at_once_and_continues_with_the_same_clip(service):
+    """The clip is in the database, and nothing renders it while the first process runs."""
+    queue = DurableQueue(service.jobs, MemoryObjectStore(), SimpleNamespace(notify_workers=lambda: None))
+    service.queue.run = queue.run
+    service.runner.start()
+    turn_id = service.create_turn("thread", "a red ball")
+    wait_until(service.jobs.count_queued)
+    started_at = time.monotonic()
+    service.runner.stop()
+    assert time.monotonic() - started_at < 2 and not service.runner.running_turns
+    assert not any(thread.name.startswith("ThreadPoolExecutor") for thread in threading.enumerate())
+    service.jobs.is_stopping.clear()  # a new process
+    service.restart()
+    wait_until(lambda: service.get_turn(turn_id).attempt == 2)
+    assert service.jobs.count_queued() == 1
+    service.jobs.cancel("thread/1.1.1")
+    assert service.wait_for(turn_id).state == "cancelled" and count_losses(service, turn_id) == 0
+
+
+def test_a_turn_that_was_lost_after_its_last_event_has_one_end(service):
+    turn_id = service.create_turn("thread", "a red ball")
+    turn = service.turns.claim_next_turn(TIMEOUT_SECONDS)
+    for event in service.runner.iterate_events(turn, service.runner.get_thread("ann", "thread"), False):
+        service.turns.append_event(turn, event.model_dump())
+    service.lose_process(turn_id)
+    service.runner.start()
+    assert service.wait_for(turn_id).state == "done"
+    assert [event["kind"] for _, event in service.turns.list_events(turn_id)].count("done") == 1
 
 
 def test_a_stop_hands_a_turn_back_and_is_no_loss(service):
