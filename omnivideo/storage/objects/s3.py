@@ -40,6 +40,7 @@ from omnivideo.storage.objects.s3_client import create_s3_client, get_error_code
 
 TRACER = trace.get_tracer("omnivideo.store")
 PART_SIZE_BYTES = 16 << 20  # held in memory at a time; S3 allows 10,000 parts, so 160 GB
+PROBE_BYTES = 16 << 10  # servers keep smaller objects with their metadata, which may be on another disk
 MARK_LIFETIME = timedelta(seconds=90)
 DELETE_DEADLINE_SECONDS = 20.0  # after the mark; with the slowest delete (51 s) it stays below MARK_LIFETIME
 MAX_DELETES_PER_REQUEST = 1000  # S3's limit
@@ -124,15 +125,15 @@ class S3ObjectStore:
 
     def check_writable(self) -> None:
         """Raise StoreError if nothing can be written to the bucket, which is created if it does not exist."""
-        name = f"{self.prefix}.ready/{secrets.token_hex(8)}"
+        name, data = f"{self.prefix}.ready/{secrets.token_hex(8)}", secrets.token_bytes(PROBE_BYTES)
         with self.translate_errors():
             try:
-                self.client.put_object(self.bucket, name, io.BytesIO(b"ready"), 5)
+                self.client.put_object(self.bucket, name, io.BytesIO(data), len(data))
             except MinioException as error:
                 if get_error_code(error) != "NoSuchBucket":
                     raise
                 self.ensure_bucket()
-                self.client.put_object(self.bucket, name, io.BytesIO(b"ready"), 5)
+                self.client.put_object(self.bucket, name, io.BytesIO(data), len(data))
             self.client.remove_object(self.bucket, name)
 
     def get(self, key: str) -> bytes:

@@ -1,5 +1,6 @@
 """The disk of the store, and that of the database, are full for a while."""
 
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -9,6 +10,7 @@ import pytest
 from tests.deploy.stack.compose import Stack
 from tests.deploy.stack.documented import read_blocks
 from tests.deploy.stack.requests import begin_clip, make_everything_old, read_job, wait_for_video
+from tests.support.openai_service import wait_until
 
 CLIP = {"prompt": "a red ball", "num_inference_steps": 4, "size": "64x64"}
 FOLDERS = {"s3": "/var/lib/garage/data", "postgres": "/var/lib/postgresql/data"}
@@ -41,20 +43,30 @@ def run_on_small_volume(stack: Stack, service: str, size: str) -> Iterator[Calla
         stack.down()
 
 
+def check_refusal(answer: httpx.Response) -> None:
+    """Check that a request was refused in one line, with when to send it again."""
+    message = answer.json()["error"]["message"]
+    assert answer.status_code == 503 and int(answer.headers["Retry-After"]) > 0 and "\n" not in message, answer.text
+
+
 def submit_until_refused(http: httpx.Client) -> list[str]:
-    """Submit clips until one is refused, in one line, with when to send it again; return the ids of the others."""
+    """Submit clips until one is refused; return the ids of the others."""
     accepted = list[str]()
     while (answer := http.post("/v1/videos", json=CLIP | {"seed": 1000 + len(accepted)})).status_code == 200:
         accepted.append(str(answer.json()["id"]))
         assert len(accepted) < 200
-    message = answer.json()["error"]["message"]
-    assert answer.status_code == 503 and int(answer.headers["Retry-After"]) > 0 and "\n" not in message, answer.text
+    check_refusal(answer)
     return accepted
+
+
+def upload_file(http: httpx.Client) -> httpx.Response:
+    file = ("notes.txt", secrets.token_bytes(2**20))
+    return http.post("/v1/files", data={"purpose": "user_data"}, files={"file": file})
 
 
 @pytest.mark.timeout(900)
 def test_a_full_store_loses_no_clip(stack, http, report):
-    """What can be read is still served; deletions and a sweep free space; the clip that ran then goes on."""
+    """Uploads are refused; what can be read is served; a sweep removes objects; once there is space, all clips go on."""
     (sweep,) = read_blocks("Troubleshooting")
     with run_on_small_volume(stack, "s3", "64m") as fill:
         made = [str(http.post("/v1/videos", json=CLIP | {"seed": seed}).json()["id"]) for seed in range(4)]
@@ -63,20 +75,24 @@ def test_a_full_store_loses_no_clip(stack, http, report):
         make_everything_old(stack, made)
         video_id = begin_clip(http)
         fill(True)
-        accepted = submit_until_refused(http)
-        assert http.get("/ready").status_code == 503
+        check_refusal(upload_file(http))
+        wait_until(lambda: http.get("/ready").status_code == 503, 60)
+        # Clips are accepted: only their results need the store.
+        accepted = [str(http.post("/v1/videos", json=CLIP | {"seed": seed}).json()["id"]) for seed in (1000, 1001)]
         assert http.get(f"/v1/videos/{made[0]}/content").content[4:8] == b"ftyp"
         for name in made[1:]:
             assert http.delete(f"/v1/videos/{name}").status_code == 200
         text = stack.run(sweep)
         assert int(text.split()[0]) >= 3, text
-        report["a full store"] = f"503 with Retry-After; a sweep still removes objects ({text.strip()})"
+        report["a full store"] = (
+            f"uploads get 503 with Retry-After, clips wait; a sweep still removes objects ({text.strip()})"
+        )
         assert wait_for_video(http, video_id, ("in_progress", "queued", "completed"))
         fill(False)
         for name in (video_id, *accepted):
             assert wait_for_video(http, name)["status"] == "completed"
             assert read_job(stack, name)[2] == 0
-        assert http.get("/ready").status_code == 200
+        wait_until(lambda: http.get("/ready").status_code == 200, 60)
 
 
 @pytest.mark.timeout(900)
