@@ -66,6 +66,7 @@ class EditReader:
         while self.position < len(self.tokens):
             self.position += self.read_token(self.tokens[self.position]) or 1
         self.flush()
+        self.clauses = [part for clause in self.clauses for part in clause.split_targets()]
         for clause in self.clauses:
             self.result.changes += build_changes(clause, self.attribute)
             if clause.verb == "remove" and clause.target not in ("", "it", "them"):
@@ -278,6 +279,9 @@ class EditReader:
     def has_word(self, *words: str) -> bool:
         return any(token.text in words for token in self.tokens[self.position :])
 
+    def is_after_conjunction(self) -> bool:
+        return self.text_at(-1) in (",", "and", "plus") or (self.text_at(-1) == "also" and self.text_at(-2) == "and")
+
     def is_interjection(self) -> bool:
         """Return whether "no" here stands by itself, as in "no, make it red"."""
         before = [token.text for token in self.tokens[: self.position]]
@@ -353,6 +357,8 @@ class EditReader:
             self.clause.target = target
         elif clause.verb == "swap" and clause.target and clause.target != target:
             clause.target += f" and {target}"
+        elif clause.target and target not in ("it", "them", clause.target) and self.is_after_conjunction():
+            clause.add_target(target)  # "the circle and the star"
         elif not clause.target or target not in ("it", "them"):
             clause.target = target
 

@@ -19,6 +19,7 @@ from omnivideo.agent.small_world.lexicon import (
 from omnivideo.agent.small_world.question_reading import read_question_action
 from omnivideo.agent.small_world.questions import is_question
 from omnivideo.agent.small_world.readings import Context, Reading, ReadingKind
+from omnivideo.agent.small_world.referring import list_object_names
 from omnivideo.agent.small_world.scenes import DescribedScene, has_values, is_worded_as_change, read_scene
 from omnivideo.agent.small_world.wordings import load_pattern
 from omnivideo.contracts import Medium
@@ -395,17 +396,6 @@ def expand_change(change: WordedChange, context: Context) -> list[WordedChange]:
         if len(names) == 1 and " " in names[0] and not names[0].endswith("s"):
             return [replace(change, text=change.text.replace("them", "it", 1), target="it")]
     return [change]
-
-
-def list_object_names(context: Context) -> list[str]:
-    """Return "the circle" or "the red circle" for each different object that the MLLM sees."""
-    scene = read_scene(tokenize(context.describe()))
-    names = []
-    for obj in scene.objects:
-        is_unique = sum(other.shape == obj.shape for other in scene.objects) == 1
-        noun = f"{obj.shape}s" if (obj.count or 1) > 1 else str(obj.shape)
-        names.append(f"the {noun}" if is_unique else f"the {obj.colour} {noun}")
-    return names
 
 
 def find_missing_target(changes: Sequence[WordedChange], context: Context) -> str:

@@ -10,10 +10,11 @@ from omnivideo.agent.small_world import replies, talk
 from omnivideo.agent.small_world.changed_scenes import describe_changed_scene
 from omnivideo.agent.small_world.edits import read_edit
 from omnivideo.agent.small_world.lexicon import Token, load_lexicon, normalize_text, tokenize
-from omnivideo.agent.small_world.reading import is_in_trained_words, list_object_names, read_action
+from omnivideo.agent.small_world.reading import is_in_trained_words, read_action
 from omnivideo.agent.small_world.readings import Context, Reading
+from omnivideo.agent.small_world.referring import list_object_names, name_referents
 from omnivideo.agent.small_world.scenes import ObjectRequest, read_scene
-from omnivideo.agent.small_world.wordings import load_pattern
+from omnivideo.agent.small_world.wordings import load_pattern, load_rewritings
 from omnivideo.turns import ExecutedCommand
 
 ABOUT_RESULT = ("addition", "comparison")  # what is said of a result even in words of requests for new ones
@@ -109,14 +110,23 @@ def reword_by_context(text: str, context: Context) -> str:
     if (match := load_pattern("one_result").search(normalized)) and has_shape(normalized[: match.start()]):
         return re.sub(r"[;.] (?=an? |one |two )", ", ", normalized[: match.start()]) + normalized[match.end() :]
     if context.medium is None:
-        return text
-    normalized = replace_comparison(normalized, context)
+        reworded = replace_wordings(normalized, "new_rewritings")
+        return text if reworded == normalized else reworded
+    if len(read_scene(tokenize(context.describe())).objects) == 1:
+        normalized = replace_wordings(normalized, "change_rewritings")
+    normalized = name_referents(replace_comparison(normalized, context), context)
     if (match := load_pattern("addition").match(normalized)) and "background" not in normalized:
         return f"add {normalized[match.end() :]}"
     if "the other one" in normalized and context.number > 1 and read_scene(tokenize(context.describe())).count == 1:
         number = context.number - 1
         return normalized.replace("the other one", f"the {list(english_rules.ORDINAL_INDEX)[min(number, 10) - 1]} one")
     return text if normalized == normalize_text(text) else normalized
+
+
+def replace_wordings(text: str, name: str) -> str:
+    for pattern, replacement in load_rewritings(name):
+        text = pattern.sub(replacement, text)
+    return text
 
 
 def replace_comparison(text: str, context: Context) -> str:
