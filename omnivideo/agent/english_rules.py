@@ -18,7 +18,7 @@ IMPERATIVE_VERBS = (
     "make", "turn", "paint", "change", "recolour", "recolor", "add", "put", "draw", "remove", "delete", "erase",
     "take", "get", "set", "use", "replace", "transform", "generate", "create", "show", "let", "have", "go", "return",
     "switch", "give", "move", "place", "swap", "exchange", "drop", "try", "save", "export", "undo", "send",
-    "animate",
+    "animate", "list", "download", "store", "start over",
 )  # fmt: skip
 QUESTION_WORDS = (
     "how", "what", "which", "where", "who", "why", "when", "is", "are", "does", "do", "tell", "describe", "count",

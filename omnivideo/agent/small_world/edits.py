@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from omnivideo.agent.small_world.changes import IMPERATIVE_MOTIONS, Clause, WordedChange, build_changes
-from omnivideo.agent.small_world.lexicon import Token, name_target
+from omnivideo.agent.small_world.lexicon import Token, load_lexicon, name_target
 from omnivideo.agent.small_world.scenes import (
     GROUND_FILLERS,
     GROUND_PREPOSITIONS,
@@ -56,6 +56,7 @@ class EditReader:
         self.position = 0
         self.is_kept = False
         self.is_negated = False
+        self.negated_value = ""  # the name of the value that is said not to be meant
         self.is_still = is_still
         self.is_replaced = False  # after "instead of": what is named is replaced
         self.is_corrected = is_correction or (bool(tokens) and tokens[-1].text == "instead")
@@ -364,8 +365,12 @@ class EditReader:
 
     def set_value(self, name: str, value: str) -> int:
         if self.is_negated:
-            self.is_negated = False
+            self.is_negated, self.negated_value = False, name
             return 1
+        facts = load_lexicon().facts
+        is_alternative = name == "colour" and self.negated_value == "background" and value in facts.backgrounds
+        if is_alternative and (value not in facts.object_colours or self.clause.verb != "make"):
+            name = "background"  # "not white behind it, grey"
         if self.is_kept:
             self.result.kept[name] = value
             return 1

@@ -19,14 +19,16 @@ from omnivideo.agent.small_world.lexicon import (
 from omnivideo.agent.small_world.question_reading import read_question_action
 from omnivideo.agent.small_world.questions import is_question
 from omnivideo.agent.small_world.readings import Context, Reading, ReadingKind
-from omnivideo.agent.small_world.referring import list_object_names
+from omnivideo.agent.small_world.referring import list_object_names, read_current_scene
 from omnivideo.agent.small_world.scenes import DescribedScene, has_values, is_worded_as_change, read_scene
 from omnivideo.agent.small_world.wordings import load_pattern
 from omnivideo.contracts import Medium
 
 SECOND_MOTION = re.compile(r"\b(?:then|after that|afterwards|next)\b")
 PLACE_WORDS = ("to", "beside", "near", "by", "alongside", "behind")  # before "it": "next to it"
-QUESTION_WORD = re.compile(r"(?:what|which|who|whose|where|why|when|how|is|are|was|were|does|did)\b")
+QUESTION_WORD = re.compile(
+    r"(?:what|which|who|whose|where|why|when|how|is|are|was|were|does|do|did|has|have|am|any|anything)\b"
+)
 DURATION = re.compile(
     r"\b(?:\d+(?:\.\d+)?[ -]?s\b|(?:\d+(?:\.\d+)?[ -]?|(?:one|two|three|four|five|six|eight|ten|twenty|thirty)[ -]"
     r"|half an? )(?:secs?|seconds?|mins?|minutes?|hours?|frames?)\b|an? (?:minute|hour)\b)(?! ago\b)"
@@ -61,11 +63,11 @@ def read_action(text: str, context: Context) -> list[Reading]:
     if is_asked and (reading := read_question_action(text, normalized, tokens, context)):
         return [reading]
     if is_asked and context.medium and not any(token.has("longer", "task") for token in tokens):
-        unknown = [token.text for token in tokens if not token.is_known]
-        if unknown:
+        if QUESTION_WORD.match(normalized):  # what is seen may be the answer
+            noun = "video" if context.medium == "video" else "picture"
+            return [Reading("do", f"describe the {noun}", goal="understand", medium="text", reference="current")]
+        if unknown := [token.text for token in tokens if not token.is_known]:
             return [build_unknown(text, tokens, unknown, context)]
-        if QUESTION_WORD.match(normalized):
-            return [Reading("ask", text, message=replies.build_unclear_question())]
     if said:
         if said == "languages":
             return [Reading("say", text, goal="understand", medium="text", message=replies.NOT_ENGLISH)]
@@ -151,6 +153,9 @@ def read_request(text: str, normalized: str, tokens: Sequence[Token], context: C
         changes = [correct_background(change, context) for change in changes]
     if not changes:
         return [Reading("ask", text, message=replies.build_unclear_question())]
+    is_count = len(changes) == 1 and changes[0].kind == "count" and not load_pattern("sequence").search(normalized)
+    if is_count and (scene := build_scene_of_count(changes[0], context)):
+        return [Reading("do", scene.to_text(), goal="generate", medium=context.medium or "", reference="new")]
     if not reference and (missing := find_missing_target(changes, context)):
         return [Reading("ask", text, message=missing)]
     readings = read_changes(text, normalized, changes, reference, context)
@@ -188,7 +193,7 @@ def correct_background(change: WordedChange, context: Context) -> WordedChange:
 
 def read_versions(normalized: str, context: Context) -> list[Reading]:
     """Return the readings of "two versions, one where it is blue and another where it is yellow"; [] for others."""
-    match = load_pattern("versions").match(normalized)
+    match = load_pattern("versions").match(normalized) or load_pattern("versions_by_value").search(normalized)
     if match is None or not context.number:
         return []
     readings = list[Reading]()
@@ -219,6 +224,7 @@ def build_unknown(text: str, tokens: Sequence[Token], unknown: list[str], contex
     names_world = any(token.has("shape", "plural", "colour", "ground") for token in tokens)
     is_wish = tokens[0].has("make", "draw", "add", "remove", "replace", "swap", "put", "medium")
     is_wish = is_wish or tokens[0].text in ("a", "an", "the", "one", "two")
+    is_wish = is_wish or bool(re.match(r"(?:can|could|do) you (?:do|make|draw|create|show|handle)\b", normalize_text(text)))
     if not is_question(normalize_text(text)) and (names_world or is_wish):
         return Reading("decline", text, message=message)
     return Reading("ask", text, message=f"I am not sure what you mean: {message} What should I make?")
@@ -396,6 +402,14 @@ def expand_change(change: WordedChange, context: Context) -> list[WordedChange]:
         if len(names) == 1 and " " in names[0] and not names[0].endswith("s"):
             return [replace(change, text=change.text.replace("them", "it", 1), target="it")]
     return [change]
+
+
+def build_scene_of_count(change: WordedChange, context: Context) -> DescribedScene | None:
+    """Return the current scene with another number of its objects, if all are alike; None otherwise."""
+    scene = read_current_scene(context)
+    if len(scene.objects) != 1 or not 1 <= int(change.value) <= load_lexicon().facts.max_objects:
+        return None
+    return replace(scene, objects=[replace(scene.objects[0], count=int(change.value))], medium=context.medium)
 
 
 def find_missing_target(changes: Sequence[WordedChange], context: Context) -> str:

@@ -1,7 +1,6 @@
 """Read a whole turn: its actions in order, or one refusal or question if any of them cannot be done."""
 
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 
 from omnivideo.agent import english_rules
@@ -9,26 +8,23 @@ from omnivideo.agent.commands import find_command
 from omnivideo.agent.small_world import replies, talk
 from omnivideo.agent.small_world.changed_scenes import describe_changed_scene
 from omnivideo.agent.small_world.edits import read_edit
-from omnivideo.agent.small_world.lexicon import Token, load_lexicon, normalize_text, tokenize
+from omnivideo.agent.small_world.lexicon import Token, correct_spelling, load_lexicon, normalize_text, tokenize
 from omnivideo.agent.small_world.reading import is_in_trained_words, read_action
 from omnivideo.agent.small_world.readings import Context, Reading
-from omnivideo.agent.small_world.referring import list_object_names, name_referents
-from omnivideo.agent.small_world.scenes import ObjectRequest, read_scene
+from omnivideo.agent.small_world.referring import list_object_names, name_referents, read_current_scene
+from omnivideo.agent.small_world.retractions import take_back_words
+from omnivideo.agent.small_world.scenes import NUMBER_WORDS, ObjectRequest, read_scene
+from omnivideo.agent.small_world.specifications import reword_specification
+from omnivideo.agent.small_world.splitting import has_shape, separate_items, split_results, split_turn
 from omnivideo.agent.small_world.wordings import load_pattern, load_rewritings
 from omnivideo.turns import ExecutedCommand
 
-ABOUT_RESULT = ("addition", "comparison")  # what is said of a result even in words of requests for new ones
+ABOUT_RESULT = ("addition", "comparison", "one_more")  # what is said of a result even in words of requests for new ones
 REPEATABLE_KINDS = ("recolour", "background", "reshape", "motion")  # changes of which a turn makes only one of a thing
-CORRECTED_CATEGORIES = ("colour", "shape", "plural", "size", "direction", "number")
 REDO = re.compile(r"\bre-?do\b|\bre-?apply\b")
 MAX_CHANGED_RESULTS = 4  # by one "both" or "all"
 ADDITION = re.compile(r"^(?:and|with|plus|also) (?:an?|another|two|three) ")
 CONNECTING_WORDS = {"and", "but", "that is", "all", "completely", "also", "entirely"}
-ATTRIBUTES = ("colour", "size", "motion", "go", "direction", "speed", "region", "ground")
-CONTENT = (
-    *ATTRIBUTES, "shape", "plural", "resize", "longer", "task", "reference", "rest", "make", "draw", "add", "remove",
-    "replace", "swap", "relation",
-)  # fmt: skip
 
 
 def read_turn(text: str, context: Context) -> list[Reading]:
@@ -37,6 +33,8 @@ def read_turn(text: str, context: Context) -> list[Reading]:
         return [Reading("command", text, command=redo_undone(command, text, context))]
     if talk.is_foreign(text):
         return [Reading("decline", text, message=replies.ONLY_ENGLISH)]
+    text = separate_items(correct_spelling(text))
+    text = reword_specification(text, has_result=context.medium is not None) or text
     readings, removed, at_start = list[Reading](), list[str](), context
     is_about_result = context.medium and any(load_pattern(name).search(normalize_text(text)) for name in ABOUT_RESULT)
     if is_about_result or not is_in_trained_words(text, normalize_text(text), tokenize(text), context):
@@ -112,8 +110,9 @@ def reword_by_context(text: str, context: Context) -> str:
     if context.medium is None:
         reworded = replace_wordings(normalized, "new_rewritings")
         return text if reworded == normalized else reworded
-    if len(read_scene(tokenize(context.describe())).objects) == 1:
+    if len(read_current_scene(context).objects) == 1:
         normalized = replace_wordings(normalized, "change_rewritings")
+        normalized = name_one_more(normalized, context)
     normalized = name_referents(replace_comparison(normalized, context), context)
     if (match := load_pattern("addition").match(normalized)) and "background" not in normalized:
         return f"add {normalized[match.end() :]}"
@@ -121,6 +120,19 @@ def reword_by_context(text: str, context: Context) -> str:
         number = context.number - 1
         return normalized.replace("the other one", f"the {list(english_rules.ORDINAL_INDEX)[min(number, 10) - 1]} one")
     return text if normalized == normalize_text(text) else normalized
+
+
+def name_one_more(text: str, context: Context) -> str:
+    """Return "add a red star" for "a red one as well", if there are only stars."""
+    (obj,) = read_current_scene(context).objects
+    shape, count = obj.shape, (obj.count or 1) - 1
+    if count and load_pattern("one_less").fullmatch(text):
+        return f"make that {NUMBER_WORDS[count]}"
+    match = load_pattern("one_more").fullmatch(text)
+    if match is None or not shape:
+        return text
+    is_added = match["more"] or "another" in match["object"] or re.search(r"and|also|plus|add|put|with", match["lead"])
+    return f"{'add' if is_added else 'draw'} {match['object']}{shape}"
 
 
 def replace_wordings(text: str, name: str) -> str:
@@ -143,24 +155,6 @@ def replace_comparison(text: str, context: Context) -> str:
     return f"{text[: match.start()]}{value}{text[match.end() :]}" if value else text
 
 
-def take_back_words(text: str) -> str:
-    """Return "make it yellow" for "make it white... no, yellow"."""
-    normalized = normalize_text(text)
-    match = load_pattern("self_correction").search(normalized)
-    if match is None or not have_same_meaning(match[1], match[3]):
-        return text
-    return f"{normalized[: match.start(1)]}{match[3]}{normalized[match.end() :]}"
-
-
-def have_same_meaning(first: str, second: str) -> bool:
-    """Return whether two words are both colours, both shapes, and so on."""
-    kinds = [
-        {name for token in tokenize(word) for name, _ in token.meanings} & set(CORRECTED_CATEGORIES)
-        for word in (first, second)
-    ]
-    return bool(kinds[0] & kinds[1])
-
-
 def is_statement(text: str) -> bool:
     """Return whether a text says what there is, such as "so it is a red circle", and asks for nothing."""
     normalized = re.sub(r"(?<![ ,])[ ,]++(?:but|and|so)$", "", normalize_text(text).strip(" .!"))
@@ -176,39 +170,6 @@ def is_only_object(name: str, context: Context) -> bool:
     return name not in ("it", "them") and read_scene(tokenize(context.describe())).count == 1
 
 
-def split_results(text: str) -> list[str]:
-    """Return a request for each of two results of one sentence; [] for other texts."""
-    normalized = normalize_text(text).strip(" .!?")
-    if len(normalized) > english_rules.MAX_WORDING_CHARS:
-        return []
-    if match := load_pattern("separate_results").fullmatch(normalized):
-        words = re.sub(r"^(?:(?:please|draw|make|create|show me|give me|i want|i need) )+", "", match[1] or match[2])
-        parts = [part for part in re.split(r",? and then |,? then |,? and |, ", words) if part.strip()]
-        if len(parts) > 1 and all(map(has_shape, parts)):
-            return parts
-    if match := load_pattern("both_media").fullmatch(normalized):
-        return [f"a {match[1]} of {match[3]}", f"a {match[2]} of {match[3]}"] if match[1] != match[2] else []
-    if match := load_pattern("equal_results").fullmatch(normalized):
-        number = int(load_lexicon().phrases[match[1]][0][1])
-        parts = [f"a {match[2].removesuffix('s')} of {match[3]}"] * number
-    elif match := load_pattern("two_results").fullmatch(normalized):
-        parts = [f"a {match[1].removesuffix('s')} of {words}" for words in (match[2], match[3])]
-    else:
-        parts = [
-            part.strip(" ,;").removeprefix("first ")
-            for piece in load_pattern("separately").split(normalized)
-            for part in load_pattern("next_result").split(piece)
-            if part.strip()
-        ]
-        if parts and not has_shape(parts[0]):  # "first", "i want"
-            del parts[0]
-    return parts if len(parts) > 1 and all(map(has_shape, parts)) else []
-
-
-def has_shape(text: str) -> bool:
-    return any(token.has("shape", "plural") for token in tokenize(text))
-
-
 def split_changes(text: str, context: Context) -> list[str]:
     """Return the changes of a text that names what is seen, such as "keep only the star"; [] for other texts."""
     if context.medium is None:
@@ -216,6 +177,11 @@ def split_changes(text: str, context: Context) -> list[str]:
     normalized = normalize_text(text).strip(" .!?")
     if parts := split_by_results(normalized, context):
         return parts
+    if match := load_pattern("gapped_results").fullmatch(normalized):  # "make the first one green and the second red"
+        noun = "" if re.match(r" (?:one|picture|image|clip|video)\b", match["rest"]) else " one"
+        return [match["lead"] + match["first"], f"{match['lead']}{match['second']}{noun}{match['rest']}"]
+    if context.number > 1 and (match := load_pattern("restored").fullmatch(normalized)):
+        return ["undo", match["rest"]]
     if match := load_pattern("exchanged_colour").fullmatch(normalized):
         return exchange_colours(match[1], match[2], context)
     if match := load_pattern("kept_object").fullmatch(normalized):
@@ -285,45 +251,6 @@ def update_context(context: Context, reading: Reading) -> Context:
         return replace(context, medium=reading.medium)
     scene = read_scene(tokenize(reading.text))
     return replace(context, medium=context.medium or ("video" if scene.is_video else "image"))
-
-
-def split_turn(text: str) -> list[str]:
-    """Split a turn into its actions; words that only describe what stands before them stay with it."""
-    parts, ends_with_shape = list[str](), False
-    text = load_pattern("taken_object").sub(r"\2 the \1", text)
-    for part in english_rules.split_actions(text):
-        tokens = tokenize(part)
-        has_content = any(token.has(*CONTENT) or not token.is_known for token in tokens)
-        if not has_content and not is_complete_by_itself(part):
-            continue  # "two separate pictures please"
-        if ends_with_shape and is_attribute(tokens):
-            parts[-1] += f", {part}"
-        elif parts and not ends_with_shape and is_attribute(tokenize(parts[-1])) and is_description(part):
-            parts[-1] += f" {part}"  # "small. green. star."
-            ends_with_shape = has_shape(part)
-        else:
-            parts.append(part)
-            ends_with_shape = any(token.has("shape", "plural") for token in tokens)
-    return parts or [text]
-
-
-def is_description(part: str) -> bool:
-    """Return whether a part of a turn only names a shape or its attributes."""
-    return all(token.has("shape", "plural", *ATTRIBUTES) for token in tokenize(part))
-
-
-def is_complete_by_itself(part: str) -> bool:
-    is_talk = english_rules.QUESTION.search(part) or talk.find_small_talk(part)
-    command = find_command(part, ())
-    return bool(is_talk) or (command is not None and command.name != "cancel")  # "wait, make that yellow"
-
-
-def is_attribute(tokens: Sequence[Token]) -> bool:
-    """Return whether words only name colours, sizes, motions or places: "Blue. Falling."."""
-    return bool(tokens) and all(
-        token.has(*ATTRIBUTES) or (token.is_known and token.text in ("a", "very", "and", ",", "on", "it", "is"))
-        for token in tokens
-    ) and not any(token.has("make", "add", "remove", "put") for token in tokens)  # fmt: skip
 
 
 def resolve_reply(request: str, question: str, reply: str) -> str:
