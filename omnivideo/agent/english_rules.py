@@ -48,7 +48,7 @@ ACTION_BOUNDARY = re.compile(
     rf"(?<=[.!?])\s++(?=\S)|(?:{BLANKS})?;\s*+"
     rf"|(?:(?:{BLANKS})?,\s++|{BLANKS})(?:and\s++)?(?:then|afterwards|after that)\s++(?!{MOTION_COMMAND})"
     rf"(?=(?:{LEAD_IN}|{ACTION_START}|{ELLIPTICAL_CHANGE})\b)"
-    rf"|(?:{BLANKS})?,\s*+(?:and\s++)?(?={LEAD_IN}?\s*+(?:{ACTION_START})\b)"
+    rf"|(?:{BLANKS})?,\s*+(?:and\s++)?(?={LEAD_IN}?\s*+(?:(?:can|could|would|will) you (?:also |please )?)?(?:{ACTION_START})\b)"
     # "remove the star and put a circle there instead" is one action.
     rf"|{BLANKS}and\s++(?!(?:put|draw|place|add)\b[^.;]{{0,100}}\b(?:instead|in its place)\b)"
     rf"(?=(?:{ACTION_START}|now)\b)",

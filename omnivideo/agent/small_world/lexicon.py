@@ -12,7 +12,7 @@ from omnivideo.agent.small_world.wordings import load_contractions
 MAX_PHRASE_WORDS = 7
 MIN_MISSPELT_LETTERS, MAX_MISSPELT_LETTERS = 5, 20
 INFLECTED_VERBS = ("add", "remove", "replace", "swap", "make", "draw", "put")
-REAL_WORDS = ("squire", "squires")  # English words that are not misspelt ones of the world
+REAL_WORDS = ("squire", "squires", "lack", "whit")  # English words that are not misspelt ones of the world
 VOWELS = "aeiou"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 LENGTHENED = re.compile(r"([a-z])\1{2,}")
@@ -66,7 +66,8 @@ class Lexicon:
                 return shortened
         if len(word) == MIN_MISSPELT_LETTERS - 1:
             exchanged = [edit for edit in iterate_exchanges(word) if (edit,) in self.content_words]
-            return exchanged[0] if exchanged else word
+            exchanged += [edit for edit in iterate_misspellings(word) if self.names_shape_or_colour(edit)]
+            return exchanged[0] if exchanged and word not in REAL_WORDS else word
         if not MIN_MISSPELT_LETTERS <= len(word) <= MAX_MISSPELT_LETTERS or not word.isascii() or not word.isalpha():
             return word
         known = [edit for edit in iterate_misspellings(word) if (edit,) in self.content_words]

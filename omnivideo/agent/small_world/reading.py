@@ -63,7 +63,7 @@ def read_action(text: str, context: Context) -> list[Reading]:
     if is_asked and (reading := read_question_action(text, normalized, tokens, context)):
         return [reading]
     if is_asked and context.medium and not any(token.has("longer", "task") for token in tokens):
-        if QUESTION_WORD.match(normalized):  # what is seen may be the answer
+        if QUESTION_WORD.match(normalized) or load_pattern("question_start").match(normalized):  # what is seen may be the answer
             noun = "video" if context.medium == "video" else "picture"
             return [Reading("do", f"describe the {noun}", goal="understand", medium="text", reference="current")]
         if unknown := [token.text for token in tokens if not token.is_known]:

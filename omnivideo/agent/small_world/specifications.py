@@ -6,7 +6,7 @@ from omnivideo.agent.english_rules import MAX_WORDING_CHARS
 from omnivideo.agent.small_world.lexicon import tokenize
 
 ITEM_END = re.compile(r"[,;\n.](?!\w)")
-ITEM = re.compile(r"\s*(?:the )?([a-z]+(?: colou?r)?)\s*(?:[:=]|\bis\b)\s*(\S.*?)\s*")
+ITEM = re.compile(r"\s*(?:the )?([a-z]+(?: colou?r)?)(?:\s*[:=]\s*|\s+is\s+|\s+)(\S.*?)(?: please)?\s*")
 KEYS = {
     "shape": "shape", "object": "shape", "subject": "shape", "figure": "shape", "form": "shape", "item": "shape",
     "content": "shape", "colour": "colour", "color": "colour", "tint": "colour", "hue": "colour", "fill": "colour",
@@ -25,7 +25,7 @@ def reword_specification(text: str, *, has_result: bool) -> str:
 
     A list that names a shape is a request for something new, any other one a change of the result.
     """
-    if len(text) > MAX_WORDING_CHARS or not re.search("[:=]", text):
+    if len(text) > MAX_WORDING_CHARS:
         return ""
     values = dict[str, str]()
     for item in filter(str.strip, ITEM_END.split(text.lower())):

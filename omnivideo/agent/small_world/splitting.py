@@ -51,7 +51,7 @@ def split_results(text: str) -> list[str]:
     if parts := split_named_results(normalized):
         return parts
     if match := load_pattern("separate_results").fullmatch(normalized):
-        words = re.sub(r"^(?:(?:please|draw|make|create|show me|give me|i want|i need) )+", "", match[1] or match[2])
+        words = re.sub(r"^(?:(?:please|draw|make|create|show me|give me|i want|i need) )+", "", match[1] or match["counted"] or match[3])
         parts = [part for part in re.split(r",? and then |,? then |,? and |, ", words) if part.strip()]
         if len(parts) > 1 and all(map(has_shape, parts)):
             return parts
@@ -73,7 +73,17 @@ def split_results(text: str) -> list[str]:
         ]
         if parts and not has_shape(parts[0]):  # "first", "i want"
             del parts[0]
-    return parts if len(parts) > 1 and all(map(has_shape, parts)) else []
+    return repeat_objects(parts) if len(parts) > 1 and all(map(has_shape, parts)) else []
+
+
+def repeat_objects(parts: Sequence[str]) -> list[str]:
+    """Return requests of which each names its objects: "a still of the same square" repeats those before."""
+    repeated = list(parts[:1])
+    for part in parts[1:]:
+        objects = read_scene(tokenize(repeated[-1])).objects
+        text = " and ".join(obj.to_text(with_motion=False) for obj in objects)
+        repeated.append(re.sub(r"\b(?:the|that) same \w+", text, part))
+    return repeated
 
 
 def split_named_results(normalized: str) -> list[str]:
