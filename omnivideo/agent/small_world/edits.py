@@ -292,7 +292,7 @@ class EditReader:
 
     def is_before_shape(self) -> bool:
         """Return whether "that" here belongs to a shape, as in "that small star"."""
-        if self.text_at(0) not in ("that", "this", "these", "those"):
+        if self.text_at(0) not in ("that", "this", "these", "those", "both"):
             return False
         end = self.find_noun(self.position + 1)
         return end is not None and self.tokens[end].has("shape", "plural")

@@ -5,9 +5,10 @@ is meant, stay as they are, so that the user is asked.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
-from omnivideo.agent.small_world.lexicon import name_target, normalize_text, tokenize
+from omnivideo.agent.small_world.lexicon import name_target, tokenize
 from omnivideo.agent.small_world.readings import Context
 from omnivideo.agent.small_world.scenes import DescribedScene, ObjectRequest, read_scene
 from omnivideo.agent.small_world.wordings import load_pattern
@@ -22,6 +23,7 @@ SIDES = {
 RELATION_SIDES = {
     "left of": ("left", "right"), "right of": ("right", "left"), "above": ("top", "bottom"), "below": ("bottom", "top"),
 }  # fmt: skip
+Finder = Callable[[re.Match[str], Sequence[ObjectRequest], DescribedScene], list[ObjectRequest]]
 LARGER = ("bigger", "larger", "biggest", "largest")
 
 
@@ -57,16 +59,14 @@ def name_referents(text: str, context: Context) -> str:
             continue
         scene = scene or read_current_scene(context)
 
-        def replace_words(match: re.Match[str], scene: DescribedScene = scene, find=find) -> str:
-            found = find(match, scene.objects, scene)
-            return join_names([name_object(obj, scene.objects) for obj in found]) if found else match[0]
-
-        text = pattern.sub(replace_words, text)
+        text = pattern.sub(partial(replace_referent, find=find, scene=scene), text)
     return text
 
 
-def join_names(names: Sequence[str]) -> str:
-    return " and ".join(names)
+def replace_referent(match: re.Match[str], *, find: Finder, scene: DescribedScene) -> str:
+    """Return the names of the objects that the matched words mean, or these words if they mean none."""
+    found = find(match, scene.objects, scene)
+    return " and ".join(name_object(obj, scene.objects) for obj in found) or match[0]
 
 
 # ---------------------------------------------------------------- which objects are meant
@@ -81,17 +81,13 @@ def is_meant(words: str, obj: ObjectRequest) -> bool:
     return any(wanted for wanted, _ in pairs) and all(wanted in (None, found) for wanted, found in pairs)
 
 
-def find_others(
-    match: re.Match[str], objects: Sequence[ObjectRequest], scene: DescribedScene
-) -> list[ObjectRequest]:
+def find_others(match: re.Match[str], objects: Sequence[ObjectRequest], scene: DescribedScene) -> list[ObjectRequest]:
     """Return all objects but those that are excepted: "everything but the circle"."""
     excepted = [obj for obj in objects if any(is_meant(words, obj) for words in split_names(match["object"]))]
     return [obj for obj in objects if obj not in excepted] if excepted else []
 
 
-def find_by_value(
-    match: re.Match[str], objects: Sequence[ObjectRequest], scene: DescribedScene
-) -> list[ObjectRequest]:
+def find_by_value(match: re.Match[str], objects: Sequence[ObjectRequest], scene: DescribedScene) -> list[ObjectRequest]:
     """Return the objects that "whatever is red" or "anything that is not a star" means."""
     is_negated = bool(match["negation"])
     return [obj for obj in objects if is_meant(match["value"], obj) != is_negated]
@@ -110,12 +106,10 @@ def find_rest(match: re.Match[str], objects: Sequence[ObjectRequest], scene: Des
     return [obj for obj in objects if obj not in named] if named else []
 
 
-def find_by_place(
-    match: re.Match[str], objects: Sequence[ObjectRequest], scene: DescribedScene
-) -> list[ObjectRequest]:
+def find_by_place(match: re.Match[str], objects: Sequence[ObjectRequest], scene: DescribedScene) -> list[ObjectRequest]:
     """Return the object on a side: by its place, by its relation to the other one, or by the order of two."""
     side = SIDES[next(word for word in (match["side"], match["place"]) if word)]
-    noun = match["noun"] or match["subject"] or ""
+    noun = match["noun"] or match["subject"] or match["subject2"] or "one"
     kind = [obj for obj in objects if is_meant(noun, obj) or not tokenize(noun)[0].has("shape", "plural")]
     if scene.relation and len(objects) == 2:
         sides = RELATION_SIDES[scene.relation[1]]
@@ -146,17 +140,10 @@ def split_names(words: str) -> list[str]:
     return [part for part in re.split(r",? and |, ", words) if part]
 
 
-FINDERS = {
+FINDERS: dict[str, Finder] = {
     "excepted_objects": find_others,
     "objects_by_value": find_by_value,
     "objects_by_place": find_by_place,
     "objects_by_size": find_by_size,
     "other_objects": find_rest,
 }
-
-
-def name_in_text(text: str, context: Context) -> str:
-    """Return a text with its referents by name; the text itself if it has none."""
-    normalized = normalize_text(text)
-    named = name_referents(normalized, context)
-    return text if named == normalized else named

@@ -69,15 +69,19 @@ def replace_phrase(before: Sequence[Token], after: str) -> str:
     else:
         kind = "colour" if head == "ground" else head
         value = next((token for token in reversed(phrase) if token.has(kind)), None)
-        replaced = value and replace_value(before, value, is_ground=is_ground or head == "ground")
+        replaced = replace_value(before, value, is_ground=is_ground or head == "ground") if value else []
     return join_tokens([*replaced, *rest]) if replaced else ""
 
 
 def replace_noun_phrase(before: Sequence[Token], phrase: Sequence[Token]) -> list[Token]:
     """Return the tokens with another last noun phrase; one of a bare shape keeps the colour and the size."""
     ends = [index for index, token in enumerate(before) if token.has("shape", "plural")]
-    if not ends:
-        return []
+    if not ends:  # "a red, no, a blue circle"
+        start = len(before)
+        while start and (before[start - 1].has("colour", "size") or before[start - 1].text in MARKS):
+            start -= 1
+        is_begun = start < len(before) and start and before[start - 1].text in ARTICLES
+        return [*before[: start - 1], *phrase] if is_begun else []
     start = end = ends[-1]
     while start and before[start - 1].has(*MODIFIERS) and not before[start - 1].has("thing"):
         start -= 1

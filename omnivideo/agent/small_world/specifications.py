@@ -35,6 +35,8 @@ def reword_specification(text: str, *, has_result: bool) -> str:
         values[KEYS[match[1]]] = match[2]
     if len(values) < 2:
         return ""
+    if has_result and "shape" in values and not {"background", "medium", "count"} & set(values):
+        return word_scene({"count": "turn it into a"} | values)
     if "shape" in values:
         return word_scene(values)
     return word_changes(values) if has_result else ""
