@@ -39,7 +39,7 @@ MOTION_COMMAND = (
 )
 ELLIPTICAL_CHANGE = (
     r"(?:it|they|the [\w-]+(?: [\w-]+)?) should|can (?:it|they|the)|a bit|a lot|much|bigger|larger|smaller|faster"
-    r"|slower|without|the same|with|on|in|i (?:do not )?want (?:it|them|the)"
+    r"|slower|without|(?:the )?same|with|on|in|i (?:do not )?want (?:it|them|the)"
 )
 
 # Blanks are matched possessively and only from the first one on: the time stays linear in the length of the text.

@@ -11,12 +11,21 @@ CORRECTED_CATEGORIES = ("colour", "shape", "plural", "size", "direction", "numbe
 PHRASE_CATEGORIES = ("shape", "plural", "ground", "colour", "size", "direction", "motion", "number", "medium", "region")
 MODIFIERS = ("colour", "size", "number")
 ARTICLES = ("a", "an", "the", "one", "that", "this", "another")
+MAX_RETRACTIONS = 4
 WEAK_MARKERS = {"no", "nope", "actually", "sorry", "rather", "wait", "and", "but", "oh", "well"}
 MARKS = (",", ".", ";", ":", "!", "?")
 
 
 def take_back_words(text: str) -> str:
     """Return "make it yellow" for "make it white... no, yellow"; the text itself if it takes nothing back."""
+    for _ in range(MAX_RETRACTIONS):
+        if (reworded := take_back_first(text)) == text:
+            break
+        text = reworded
+    return text
+
+
+def take_back_first(text: str) -> str:
     normalized = normalize_text(text)
     match = load_pattern("self_correction").search(normalized)
     if match is not None and have_same_meaning(match[1], match[3]):

@@ -23,6 +23,21 @@ from omnivideo.turns import ExecutedCommand
 ABOUT_RESULT = ("addition", "comparison", "one_more")  # what is said of a result even in words of requests for new ones
 REPEATABLE_KINDS = ("recolour", "background", "reshape", "motion")  # changes of which a turn makes only one of a thing
 REDO = re.compile(r"\bre-?do\b|\bre-?apply\b")
+NEGATING_WORDS = {
+    "not",
+    "no",
+    "instead",
+    "never",
+    "without",
+    "than",
+    "from",
+    "remove",
+    "of",
+    "keep",
+    "leave",
+    "was",
+    "were",
+}
 MARK = re.compile(r"[,.;:!?=\n]")
 ADDITION = re.compile(r"^(?:and|with|plus|also) (?:an?|another|two|three) ")
 ATTRIBUTES = ("colour", "size", "motion", "go", "direction", "speed", "region", "ground")
@@ -30,11 +45,11 @@ CONTENT = (
     *ATTRIBUTES, "shape", "plural", "resize", "longer", "task", "reference", "rest", "make", "draw", "add", "remove",
     "replace", "swap", "relation",
 )  # fmt: skip
-MAX_ITEMS = 9
+MAX_ITEMS, DIGITS, LETTERS = 9, "123456789", "abcdefgh"
 LINE_MARK = re.compile(
     r"(?:\(?[1-9a-h][.)]|[-*\u2022\u2013]|(?:step|no\.?) ?[1-9][:.)]?)[ \t]", re.IGNORECASE
 )  # of a line without blanks before it
-NUMBER_MARK = re.compile(r"(?:(?<=\s)|^)\(?([1-9])[.)](?=\s)")
+NUMBER_MARK = re.compile(r"(?:(?<=\s)|^)\(?([1-9a-h])(?:[.)](?=\s))")
 LINE_START = re.compile(
     rf"(?:(?:and|then|now|also|finally|please) ){{0,3}}(?:{english_rules.ACTION_START}|an?|i|one|two|three|four)\b",
     re.IGNORECASE,
@@ -73,7 +88,37 @@ def read_turn(text: str, context: Context) -> list[Reading]:
                 removed.append("it")
             readings.append(reading)
             context = replace(update_context(context, reading), is_changed=True)
+    if is_part_left_out(readings, " ; ".join(wishes), at_start):
+        return [Reading("ask", text, message=replies.build_unclear_question())]
     return resolve_repeated_changes(readings, text)
+
+
+def is_part_left_out(readings: list[Reading], text: str, context: Context) -> bool:
+    """Return whether a text names what no reading has: a number of results, or a colour or shape that is new.
+
+    What is said not to be meant, or stands there already, need not be in a reading.
+    """
+    made = [reading for reading in readings if reading.kind == "do" and reading.goal in ("generate", "edit")]
+    if not made or len(made) < len(readings):
+        return False
+    number = load_pattern("result_number").search(normalize_text(text))
+    is_generated = all(reading.goal == "generate" for reading in made)
+    if number and is_generated and len(made) != int(load_lexicon().phrases[number["number"]][0][1]):
+        return True
+    if is_generated:
+        return False
+    named = list_named_values(text) - list_named_values(" ; ".join(reading.text for reading in made))
+    return bool(named) and bool(named - list_named_values(context.describe()))
+
+
+def list_named_values(text: str) -> set[str]:
+    """Return the colours and shapes that a text names, except those that it says are not meant."""
+    tokens, values = tokenize(text), set[str]()
+    for index, token in enumerate(tokens):
+        before = {other.text for other in tokens[max(0, index - 4) : index]}
+        if not before & NEGATING_WORDS:
+            values |= {value for name, value in token.meanings if name in ("colour", "shape", "plural")}
+    return values
 
 
 def is_plain_sentence(text: str) -> bool:
@@ -229,7 +274,10 @@ def separate_items(text: str) -> str:
         lead = bare[0] if bare[0] != lines[0] or bare[1:] == lines[1:] or not lines[0].endswith(":") else ""
         return "; ".join(line.rstrip(" ,;") for line in (lead, *bare[1:]) if line)
     marks = list(NUMBER_MARK.finditer(text))
-    if 1 < len(marks) <= MAX_ITEMS and [int(mark[1]) for mark in marks] == list(range(1, len(marks) + 1)):
+    if 1 < len(marks) <= MAX_ITEMS and "".join(mark[1] for mark in marks) in (
+        DIGITS[: len(marks)],
+        LETTERS[: len(marks)],
+    ):
         ends = [*(mark.start() for mark in marks[1:]), len(text)]
         items = [text[mark.end() : end].strip(" ,;") for mark, end in zip(marks, ends, strict=True)]
         return "; ".join(items)
