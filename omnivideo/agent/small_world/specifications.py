@@ -30,7 +30,9 @@ def reword_specification(text: str, *, has_result: bool) -> str:
     values = dict[str, str]()
     for item in filter(str.strip, ITEM_END.split(text.lower())):
         match = ITEM.fullmatch(item)
-        if match is None and not any(token.has("shape", "plural", "colour", "ground") for token in tokenize(item)):
+        if (match is None or match[1] not in KEYS) and not any(
+            token.has("shape", "plural", "colour", "ground") for token in tokenize(item)
+        ):
             continue  # "i need an illustration", "thanks"
         if match is None or match[1] not in KEYS or KEYS[match[1]] in values:
             return ""

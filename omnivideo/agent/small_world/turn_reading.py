@@ -17,27 +17,13 @@ from omnivideo.agent.small_world.referring import name_referents, read_current_s
 from omnivideo.agent.small_world.retractions import take_back_words
 from omnivideo.agent.small_world.scenes import NUMBER_WORDS, ObjectRequest, read_scene
 from omnivideo.agent.small_world.specifications import reword_specification
+from omnivideo.agent.small_world.turn_checks import is_part_left_out
 from omnivideo.agent.small_world.wordings import load_pattern, load_rewritings
 from omnivideo.turns import ExecutedCommand
 
 ABOUT_RESULT = ("addition", "comparison", "one_more")  # what is said of a result even in words of requests for new ones
 REPEATABLE_KINDS = ("recolour", "background", "reshape", "motion")  # changes of which a turn makes only one of a thing
 REDO = re.compile(r"\bre-?do\b|\bre-?apply\b")
-NEGATING_WORDS = {
-    "not",
-    "no",
-    "instead",
-    "never",
-    "without",
-    "than",
-    "from",
-    "remove",
-    "of",
-    "keep",
-    "leave",
-    "was",
-    "were",
-}
 MARK = re.compile(r"[,.;:!?=\n]")
 ADDITION = re.compile(r"^(?:and|with|plus|also) (?:an?|another|two|three) ")
 ATTRIBUTES = ("colour", "size", "motion", "go", "direction", "speed", "region", "ground")
@@ -63,7 +49,8 @@ def read_turn(text: str, context: Context) -> list[Reading]:
         return [Reading("command", text, command=redo_undone(command, text, context))]
     if talk.is_foreign(text):
         return [Reading("decline", text, message=replies.ONLY_ENGLISH)]
-    if context.medium or not is_plain_sentence(text):
+    is_plain = context.medium is None and is_plain_sentence(text)
+    if not is_plain:
         text = reword(text, context)
     readings, removed, at_start = list[Reading](), list[str](), context
     parts = split_results(text) or (split_changes(text, context) if context.medium else []) or split_turn(text)
@@ -88,37 +75,9 @@ def read_turn(text: str, context: Context) -> list[Reading]:
                 removed.append("it")
             readings.append(reading)
             context = replace(update_context(context, reading), is_changed=True)
-    if is_part_left_out(readings, " ; ".join(wishes), at_start):
+    if not is_plain and is_part_left_out(readings, " ; ".join(wishes), at_start):
         return [Reading("ask", text, message=replies.build_unclear_question())]
     return resolve_repeated_changes(readings, text)
-
-
-def is_part_left_out(readings: list[Reading], text: str, context: Context) -> bool:
-    """Return whether a text names what no reading has: a number of results, or a colour or shape that is new.
-
-    What is said not to be meant, or stands there already, need not be in a reading.
-    """
-    made = [reading for reading in readings if reading.kind == "do" and reading.goal in ("generate", "edit")]
-    if not made or len(made) < len(readings):
-        return False
-    number = load_pattern("result_number").search(normalize_text(text))
-    is_generated = all(reading.goal == "generate" for reading in made)
-    if number and is_generated and len(made) != int(load_lexicon().phrases[number["number"]][0][1]):
-        return True
-    if is_generated:
-        return False
-    named = list_named_values(text) - list_named_values(" ; ".join(reading.text for reading in made))
-    return bool(named) and bool(named - list_named_values(context.describe()))
-
-
-def list_named_values(text: str) -> set[str]:
-    """Return the colours and shapes that a text names, except those that it says are not meant."""
-    tokens, values = tokenize(text), set[str]()
-    for index, token in enumerate(tokens):
-        before = {other.text for other in tokens[max(0, index - 4) : index]}
-        if not before & NEGATING_WORDS:
-            values |= {value for name, value in token.meanings if name in ("colour", "shape", "plural")}
-    return values
 
 
 def is_plain_sentence(text: str) -> bool:
@@ -341,7 +300,11 @@ def split_named_results(normalized: str) -> list[str]:
         return []
     ends = [*(mark.start() for mark in marks[1:]), len(normalized)]
     items = [normalized[mark.end() : end].strip(" ,;.") for mark, end in zip(marks, ends, strict=True)]
-    return [f"a {mark['noun'] or mark['noun2']} of {item}" for mark, item in zip(marks, items, strict=True)]
+    nouns = [mark["noun"] or mark["noun2"] for mark in marks]
+    if all(re.match(r"(?:make|turn|change|add|remove|recolour|paint)\b", item) for item in items):
+        ordinals = list(english_rules.ORDINAL_INDEX)
+        return [f"in the {ordinal} {noun} {item}" for ordinal, noun, item in zip(ordinals, nouns, items, strict=False)]
+    return [f"a {noun} of {item}" for noun, item in zip(nouns, items, strict=True)]
 
 
 def split_listed_results(match: re.Match[str]) -> list[str]:
