@@ -23,7 +23,7 @@ SIDES = {
 RELATION_SIDES = {
     "left of": ("left", "right"), "right of": ("right", "left"), "above": ("top", "bottom"), "below": ("bottom", "top"),
 }  # fmt: skip
-Finder = Callable[[re.Match[str], Sequence[ObjectRequest], DescribedScene], list[ObjectRequest]]
+Finder = Callable[[re.Match[str], DescribedScene, str], list[ObjectRequest]]
 LARGER = ("bigger", "larger", "biggest", "largest")
 
 
@@ -59,13 +59,13 @@ def name_referents(text: str, context: Context) -> str:
             continue
         scene = scene or read_current_scene(context)
 
-        text = pattern.sub(partial(replace_referent, find=find, scene=scene), text)
+        text = pattern.sub(partial(replace_referent, find=find, scene=scene, earlier=context.last_request), text)
     return text
 
 
-def replace_referent(match: re.Match[str], *, find: Finder, scene: DescribedScene) -> str:
+def replace_referent(match: re.Match[str], *, find: Finder, scene: DescribedScene, earlier: str) -> str:
     """Return the names of the objects that the matched words mean, or these words if they mean none."""
-    found = find(match, scene.objects, scene)
+    found = find(match, scene, earlier)
     return " and ".join(name_object(obj, scene.objects) for obj in found) or match[0]
 
 
@@ -81,56 +81,64 @@ def is_meant(words: str, obj: ObjectRequest) -> bool:
     return any(wanted for wanted, _ in pairs) and all(wanted in (None, found) for wanted, found in pairs)
 
 
-def find_others(match: re.Match[str], objects: Sequence[ObjectRequest], scene: DescribedScene) -> list[ObjectRequest]:
+def find_others(match: re.Match[str], scene: DescribedScene, earlier: str) -> list[ObjectRequest]:
     """Return all objects but those that are excepted: "everything but the circle"."""
-    excepted = [obj for obj in objects if any(is_meant(words, obj) for words in split_names(match["object"]))]
-    return [obj for obj in objects if obj not in excepted] if excepted else []
+    excepted = [obj for obj in scene.objects if any(is_meant(words, obj) for words in split_names(match["object"]))]
+    return [obj for obj in scene.objects if obj not in excepted] if excepted else []
 
 
-def find_by_value(match: re.Match[str], objects: Sequence[ObjectRequest], scene: DescribedScene) -> list[ObjectRequest]:
+def find_by_value(match: re.Match[str], scene: DescribedScene, earlier: str) -> list[ObjectRequest]:
     """Return the objects that "whatever is red" or "anything that is not a star" means."""
     is_negated = bool(match["negation"])
-    return [obj for obj in objects if is_meant(match["value"], obj) != is_negated]
+    return [obj for obj in scene.objects if is_meant(match["value"], obj) != is_negated]
 
 
-def find_rest(match: re.Match[str], objects: Sequence[ObjectRequest], scene: DescribedScene) -> list[ObjectRequest]:
-    """Return the objects that a text does not name before it says "the rest"."""
-    tokens = tokenize(match.string[: match.start()])
-    names = [
-        name_target(tokens[start : end + 1])
-        for end, token in enumerate(tokens)
-        if token.has("shape", "plural", "thing")
-        for start in [next((i for i in range(end, -1, -1) if i == 0 or not tokens[i - 1].has("colour", "size")), end)]
-    ]
-    named = [obj for obj in objects if any(is_meant(name, obj) for name in names)]
-    return [obj for obj in objects if obj not in named] if named else []
+def find_rest(match: re.Match[str], scene: DescribedScene, earlier: str) -> list[ObjectRequest]:
+    """Return the objects that are not named before "the rest": in the text itself, or else in the earlier one."""
+    for text in (match.string[: match.start()], earlier):
+        named = [obj for obj in scene.objects if any(is_meant(name, obj) for name in list_names(text))]
+        if named:
+            return [obj for obj in scene.objects if obj not in named]
+    return []
 
 
-def find_by_place(match: re.Match[str], objects: Sequence[ObjectRequest], scene: DescribedScene) -> list[ObjectRequest]:
+def list_names(text: str) -> list[str]:
+    """Return the names of objects in a text, such as "the red circle"."""
+    tokens, names = tokenize(text), list[str]()
+    for end, token in enumerate(tokens):
+        if token.has("shape", "plural", "thing"):
+            start = end
+            while start and tokens[start - 1].has("colour", "size"):
+                start -= 1
+            names.append(name_target(tokens[start : end + 1]))
+    return names
+
+
+def find_by_place(match: re.Match[str], scene: DescribedScene, earlier: str) -> list[ObjectRequest]:
     """Return the object on a side: by its place, by its relation to the other one, or by the order of two."""
     side = SIDES[next(word for word in (match["side"], match["place"]) if word)]
     noun = match["noun"] or match["subject"] or match["subject2"] or "one"
-    kind = [obj for obj in objects if is_meant(noun, obj) or not tokenize(noun)[0].has("shape", "plural")]
-    if scene.relation and len(objects) == 2:
+    kind = [obj for obj in scene.objects if is_meant(noun, obj) or not tokenize(noun)[0].has("shape", "plural")]
+    if scene.relation and len(scene.objects) == 2:
         sides = RELATION_SIDES[scene.relation[1]]
-        ordered = [objects[scene.relation[0]], objects[1 - scene.relation[0]]]
+        ordered = [scene.objects[scene.relation[0]], scene.objects[1 - scene.relation[0]]]
         found = [obj for obj, own in zip(ordered, sides, strict=True) if own == side and obj in kind]
         return found
     found = [obj for obj in kind if side in (obj.region or "").split()]
     if len(found) == 1:
         return found
-    is_in_a_row = len(objects) in (2, 3) and not any(obj.region or (obj.count or 1) > 1 for obj in objects)
+    is_in_a_row = len(scene.objects) in (2, 3) and not any(obj.region or (obj.count or 1) > 1 for obj in scene.objects)
     if is_in_a_row and side in ("left", "right") and len(kind) > 1:
         return [kind[0 if side == "left" else -1]]
     return []
 
 
-def find_by_size(match: re.Match[str], objects: Sequence[ObjectRequest], scene: DescribedScene) -> list[ObjectRequest]:
+def find_by_size(match: re.Match[str], scene: DescribedScene, earlier: str) -> list[ObjectRequest]:
     """Return the only object of the size that "the bigger one" means."""
     size = "large" if match["size"] in LARGER else "small"
     found = [
         obj
-        for obj in objects
+        for obj in scene.objects
         if obj.size == size and (is_meant(match["noun"], obj) or not tokenize(match["noun"])[0].has("shape", "plural"))
     ]
     return found if len(found) == 1 else []

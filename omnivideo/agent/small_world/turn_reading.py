@@ -7,7 +7,7 @@ from dataclasses import replace
 from omnivideo.agent import english_rules
 from omnivideo.agent.commands import find_command
 from omnivideo.agent.small_world import replies, talk
-from omnivideo.agent.small_world.change_splitting import split_changes
+from omnivideo.agent.small_world.change_splitting import split_bare_changes, split_changes
 from omnivideo.agent.small_world.changed_scenes import describe_changed_scene
 from omnivideo.agent.small_world.edits import read_edit
 from omnivideo.agent.small_world.lexicon import Token, correct_spelling, load_lexicon, normalize_text, tokenize
@@ -58,6 +58,8 @@ def read_turn(text: str, context: Context) -> list[Reading]:
         parts = [text]
     elif len(parts) == 1 and context.medium and ADDITION.match(normalize_text(text)):
         parts = [f"add {parts[0].removeprefix('with ')}"]
+    if context.medium and len(parts) > 1:
+        parts = [change for part in parts for change in split_bare_changes(part, context) or [part]]
     wishes = [part for part in parts if context.medium is None or not is_statement(part)]
     if not wishes:
         return [Reading("ask", text, message=replies.build_unclear_question())]
@@ -280,7 +282,9 @@ def split_results(text: str) -> list[str]:
         ]
         if parts and not has_shape(parts[0]):  # "first", "i want"
             del parts[0]
-    return repeat_objects(parts) if len(parts) > 1 and all(map(has_shape, parts)) else []
+    if len(parts) > 1 and has_shape(parts[0]):
+        parts = repeat_objects(parts)
+    return parts if len(parts) > 1 and all(map(has_shape, parts)) else []
 
 
 def repeat_objects(parts: Sequence[str]) -> list[str]:
@@ -289,7 +293,10 @@ def repeat_objects(parts: Sequence[str]) -> list[str]:
     for part in parts[1:]:
         objects = read_scene(tokenize(repeated[-1])).objects
         text = " and ".join(obj.to_text(with_motion=False) for obj in objects)
-        repeated.append(re.sub(r"\b(?:the|that) same \w+", text, part))
+        part = re.sub(r"\b(?:the|that) same \w+", text, part)
+        if objects and not has_shape(part):  # "a blue one"
+            part = re.sub(r"\bone\b$", str(objects[-1].shape), part)
+        repeated.append(part)
     return repeated
 
 
