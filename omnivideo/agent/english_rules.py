@@ -18,7 +18,7 @@ IMPERATIVE_VERBS = (
     "make", "turn", "paint", "change", "recolour", "recolor", "add", "put", "draw", "remove", "delete", "erase",
     "take", "get", "set", "use", "replace", "transform", "generate", "create", "show", "let", "have", "go", "return",
     "switch", "give", "move", "place", "swap", "exchange", "drop", "try", "save", "export", "undo", "send",
-    "animate",
+    "animate", "list", "download", "store", "start over",
 )  # fmt: skip
 QUESTION_WORDS = (
     "how", "what", "which", "where", "who", "why", "when", "is", "are", "does", "do", "tell", "describe", "count",
@@ -39,7 +39,7 @@ MOTION_COMMAND = (
 )
 ELLIPTICAL_CHANGE = (
     r"(?:it|they|the [\w-]+(?: [\w-]+)?) should|can (?:it|they|the)|a bit|a lot|much|bigger|larger|smaller|faster"
-    r"|slower|without|the same|with|on|in|i (?:do not )?want (?:it|them|the)"
+    r"|slower|without|(?:the )?same|with|on|in|i (?:do not )?want (?:it|them|the)"
 )
 
 # Blanks are matched possessively and only from the first one on: the time stays linear in the length of the text.
@@ -48,7 +48,8 @@ ACTION_BOUNDARY = re.compile(
     rf"(?<=[.!?])\s++(?=\S)|(?:{BLANKS})?;\s*+"
     rf"|(?:(?:{BLANKS})?,\s++|{BLANKS})(?:and\s++)?(?:then|afterwards|after that)\s++(?!{MOTION_COMMAND})"
     rf"(?=(?:{LEAD_IN}|{ACTION_START}|{ELLIPTICAL_CHANGE})\b)"
-    rf"|(?:{BLANKS})?,\s*+(?:and\s++)?(?={LEAD_IN}?\s*+(?:{ACTION_START})\b)"
+    rf"|(?:{BLANKS})?,\s*+(?:and\s++)?"
+    rf"(?={LEAD_IN}?\s*+(?:(?:can|could|would|will) you (?:also |please )?)?(?:{ACTION_START})\b)"
     # "remove the star and put a circle there instead" is one action.
     rf"|{BLANKS}and\s++(?!(?:put|draw|place|add)\b[^.;]{{0,100}}\b(?:instead|in its place)\b)"
     rf"(?=(?:{ACTION_START}|now)\b)",
@@ -182,6 +183,15 @@ class WordingPattern:
     def split(self, text: str) -> list[str]:
         """Return the pieces between what matches; a longer text is one piece."""
         return [text] if len(text) > MAX_WORDING_CHARS else self.pattern.split(text)
+
+
+def is_plain_wording(text: str, normalized: str, form: WordingPattern) -> bool:
+    """Return whether a request is in the MLLM's own words and form, in which it is passed on as it is."""
+    words = re.findall(r"[a-z0-9'-]+", text.lower())
+    is_fluent = not re.search(r"[.;:!?](?=.)|,(?! (?:and )?(?:one|two|three|four|\d)\b)", normalized)
+    is_fluent = is_fluent and normalized == " ".join(text.lower().split())  # "there should be no star" is reworded
+    is_fluent = is_fluent and not normalized.endswith("?")
+    return is_fluent and bool(form.fullmatch(normalized)) and load_plain_words().issuperset(words)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""1218 things that people say, beside the list of the evaluation: what the reading of words plans for each of them.
+"""1627 things that people say, beside the list of the evaluation: what the reading of words plans for each of them.
 
-They were written before the rules that read them, in the voices of different people, in four batches: `more` (788), and
-`fresh`, `fresh2` and `fresh3`, each of which was judged once before anything was changed for it.
+They were written before the rules that read them, in the voices of different people, in eight batches: `more` (788),
+and `fresh` to `fresh7`, each of which was judged once before anything was changed for it.
 """
 
 from collections import Counter
@@ -19,7 +19,7 @@ MIN_RIGHT, MAX_WRONG_CLIP = 0.97, 0.01
 
 def test_what_people_say_is_planned_as_they_expect():
     phrases = [Phrase.model_validate_json(line) for line in LIST.read_text(encoding="utf-8").splitlines()]
-    assert {phrase.kind for phrase in phrases} == set(get_args(Kind)) and len(phrases) > 1200
+    assert {phrase.kind for phrase in phrases} == set(get_args(Kind)) and len(phrases) > 1600
     verdicts = [(phrase, judge_planned(phrase)) for phrase in phrases]
     counts = Counter(verdict.judgement for _, verdict in verdicts)
     failures = [(phrase.id, phrase.text, verdict.reason) for phrase, verdict in verdicts if verdict.reason]
@@ -118,3 +118,46 @@ def test_misspelt_words_are_read(text, shape):
 def test_other_words_are_not_corrected():
     for text in ("a squire", "write a poem", "a red stair"):
         assert not say(text).artifacts, text
+
+
+def test_objects_are_named_by_place_and_exclusion():
+    for text in (
+        "everything but the circle in green",
+        "make the one on the right green",
+        "the rightmost shape in green",
+    ):
+        assert list_objects(say(text, PAIR)) == [{("circle", "red"), ("square", "green")}], text
+    assert list_objects(say("delete whatever is not blue", PAIR)) == [{("square", "blue")}]
+    both = say("paint the circle and the square yellow", PAIR)
+    assert list_objects(both)[-1] == {("circle", "yellow"), ("square", "yellow")}
+
+
+def test_a_phrase_is_taken_back_at_once():
+    text = "draw a red star, no, hang on, a blue circle, on white"
+    assert list_objects(say(text)) == [{("circle", "blue")}]
+    assert list_objects(say("a red circle, no, a square")) == [{("square", "red")}]
+    assert say("three stars and no stars").is_question
+
+
+def test_a_list_of_attributes_is_a_request():
+    assert list_objects(say("shape=star; colour=red; background=pink")) == [{("star", "red")}]
+    assert list_objects(say("colour: blue, background: pink", RED))[-1] == {("circle", "blue")}
+
+
+def test_the_items_of_a_list_are_actions():
+    outcome = say("1. a red circle\n2. make it blue\n3. tell me what colour it is")
+    assert list_objects(outcome) == [{("circle", "red")}, {("circle", "blue")}] and outcome.reply
+
+
+def test_another_number_of_equal_objects_is_drawn_anew():
+    (artifact,) = say("now three of them", BLUE_STAR).artifacts
+    assert len(artifact.facts.objects) == 3 and artifact.facts.background == "grey" and not artifact.sources
+
+
+def test_nothing_is_made_if_a_part_is_left_out():
+    for text in (
+        "purple square instead of the circle and a pink background as it were",
+        "three pictures, a red circle",
+    ):
+        outcome = say(text, RED)
+        assert not outcome.artifacts and outcome.is_question, text

@@ -31,6 +31,17 @@ class Clause:
     target: str = ""
     values: dict[str, str] = field(default_factory=dict)
     new_objects: list[ObjectRequest] = field(default_factory=list)
+    other_targets: list[str] = field(default_factory=list)  # with the same changes
+
+    def add_target(self, target: str) -> None:
+        self.other_targets.append(self.target)
+        self.target = target
+
+    def split_targets(self) -> list["Clause"]:
+        """Return a clause for each target: "the circle and the star green" has two."""
+        if self.verb == "swap":
+            return [replace(self, target=" and ".join((*self.other_targets, self.target)))]
+        return [replace(self, target=target, other_targets=[]) for target in (*self.other_targets, self.target)]
 
     def place_by(self, relation: str) -> None:
         """Place the last new object by what is there: one object is in the middle."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from omnivideo.agent.small_world.changes import IMPERATIVE_MOTIONS, Clause, WordedChange, build_changes
-from omnivideo.agent.small_world.lexicon import Token, name_target
+from omnivideo.agent.small_world.lexicon import Token, load_lexicon, name_target
 from omnivideo.agent.small_world.scenes import (
     GROUND_FILLERS,
     GROUND_PREPOSITIONS,
@@ -56,6 +56,7 @@ class EditReader:
         self.position = 0
         self.is_kept = False
         self.is_negated = False
+        self.negated_value = ""  # the name of the value that is said not to be meant
         self.is_still = is_still
         self.is_replaced = False  # after "instead of": what is named is replaced
         self.is_corrected = is_correction or (bool(tokens) and tokens[-1].text == "instead")
@@ -66,6 +67,7 @@ class EditReader:
         while self.position < len(self.tokens):
             self.position += self.read_token(self.tokens[self.position]) or 1
         self.flush()
+        self.clauses = [part for clause in self.clauses for part in clause.split_targets()]
         for clause in self.clauses:
             self.result.changes += build_changes(clause, self.attribute)
             if clause.verb == "remove" and clause.target not in ("", "it", "them"):
@@ -278,6 +280,9 @@ class EditReader:
     def has_word(self, *words: str) -> bool:
         return any(token.text in words for token in self.tokens[self.position :])
 
+    def is_after_conjunction(self) -> bool:
+        return self.text_at(-1) in (",", "and", "plus") or (self.text_at(-1) == "also" and self.text_at(-2) == "and")
+
     def is_interjection(self) -> bool:
         """Return whether "no" here stands by itself, as in "no, make it red"."""
         before = [token.text for token in self.tokens[: self.position]]
@@ -287,7 +292,7 @@ class EditReader:
 
     def is_before_shape(self) -> bool:
         """Return whether "that" here belongs to a shape, as in "that small star"."""
-        if self.text_at(0) not in ("that", "this", "these", "those"):
+        if self.text_at(0) not in ("that", "this", "these", "those", "both"):
             return False
         end = self.find_noun(self.position + 1)
         return end is not None and self.tokens[end].has("shape", "plural")
@@ -353,13 +358,19 @@ class EditReader:
             self.clause.target = target
         elif clause.verb == "swap" and clause.target and clause.target != target:
             clause.target += f" and {target}"
+        elif clause.target and target not in ("it", "them", clause.target) and self.is_after_conjunction():
+            clause.add_target(target)  # "the circle and the star"
         elif not clause.target or target not in ("it", "them"):
             clause.target = target
 
     def set_value(self, name: str, value: str) -> int:
         if self.is_negated:
-            self.is_negated = False
+            self.is_negated, self.negated_value = False, name
             return 1
+        facts = load_lexicon().facts
+        is_alternative = name == "colour" and self.negated_value == "background" and value in facts.backgrounds
+        if is_alternative and (value not in facts.object_colours or self.clause.verb != "make"):
+            name = "background"  # "not white behind it, grey"
         if self.is_kept:
             self.result.kept[name] = value
             return 1

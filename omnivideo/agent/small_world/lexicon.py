@@ -12,9 +12,11 @@ from omnivideo.agent.small_world.wordings import load_contractions
 MAX_PHRASE_WORDS = 7
 MIN_MISSPELT_LETTERS, MAX_MISSPELT_LETTERS = 5, 20
 INFLECTED_VERBS = ("add", "remove", "replace", "swap", "make", "draw", "put")
-REAL_WORDS = ("squire", "squires")  # English words that are not misspelt ones of the world
+REAL_WORDS = ("squire", "squires", "lack", "whit")  # English words that are not misspelt ones of the world
 VOWELS = "aeiou"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
+LENGTHENED = re.compile(r"([a-z])\1{2,}")
+SPELT_WORD = re.compile(r"(?<![\w.#'-])[a-z]{4,20}(?![\w'-]|\.\w)", re.IGNORECASE)
 WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*|[.,;:!?]")
 
 
@@ -59,14 +61,20 @@ class Lexicon:
 
     def find_spelling(self, word: str) -> str:
         """Return the known word that a longer word becomes by one change of letters, or the word itself."""
+        for repeated in (r"\1", r"\1\1"):  # "nooo", "greeen"
+            if (shortened := LENGTHENED.sub(repeated, word)) != word and is_known_word(self, shortened):
+                return shortened
         if len(word) == MIN_MISSPELT_LETTERS - 1:
             exchanged = [edit for edit in iterate_exchanges(word) if (edit,) in self.content_words]
-            return exchanged[0] if exchanged else word
+            exchanged += [edit for edit in iterate_misspellings(word) if self.names_shape_or_colour(edit)]
+            return exchanged[0] if exchanged and word not in REAL_WORDS else word
         if not MIN_MISSPELT_LETTERS <= len(word) <= MAX_MISSPELT_LETTERS or not word.isascii() or not word.isalpha():
             return word
         known = [edit for edit in iterate_misspellings(word) if (edit,) in self.content_words]
         if not known and len(word) > MIN_MISSPELT_LETTERS and word not in REAL_WORDS:
             known = [edit for edit in iterate_other_vowels(word) if self.names_shape_or_colour(edit)]
+        if not known and word not in REAL_WORDS:
+            known = [edit for edit in iterate_misspellings(word) if edit in self.general]
         return known[0] if known else word
 
     def names_shape_or_colour(self, word: str) -> bool:
@@ -180,6 +188,19 @@ def tokenize(text: str) -> list[Token]:
             tokens.append(Token(word, is_known=word in lexicon.general or not word[0].isalnum()))
         position += length
     return tokens
+
+
+def correct_spelling(text: str) -> str:
+    """Return a text with the words that its misspelt words are like; names of files stay as they are."""
+
+    def correct_word(match: re.Match[str]) -> str:
+        lexicon, word = load_lexicon(), match[0].lower()
+        if is_known_word(lexicon, word) or word in lexicon.described:
+            return match[0]
+        spelling = lexicon.find_spelling(word)
+        return match[0] if spelling == word else spelling
+
+    return SPELT_WORD.sub(correct_word, text)
 
 
 def name_target(tokens: Sequence[Token]) -> str:

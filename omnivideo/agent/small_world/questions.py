@@ -46,7 +46,7 @@ def read_question(text: str, tokens: Sequence[Token], medium: Medium, last: str 
         return QuestionReading(text)
     if re.match(r"(?:and |so )?(?:what|which (?:one|shape|thing|object)|who) (?:is|are) (?:moving|going)", text):
         return QuestionReading(f"describe the {'video' if medium == 'video' else 'picture'}")
-    about_background = any(token.has("ground") for token in tokens)
+    about_background = any(token.has("ground") for token in tokens) or "behind" in text.split()
     if re.search(r"\bhow many\b|\bcount\b|\bnumber of\b|\bhow much\b", text):
         return QuestionReading(f"how many {find_noun(tokens)} are there?")
     if about_background and not re.search(r"\bwhere\b", text):

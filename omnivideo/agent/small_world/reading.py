@@ -7,7 +7,15 @@ from dataclasses import replace
 from omnivideo.agent import english_rules, media_words
 from omnivideo.agent.commands import find_command
 from omnivideo.agent.small_world import replies, talk
-from omnivideo.agent.small_world.changes import IMPERATIVE_MOTIONS, WordedChange
+from omnivideo.agent.small_world.change_requests import (
+    build_scene_of_count,
+    correct_background,
+    find_missing_target,
+    names_places,
+    read_changes,
+    read_reversal,
+    read_versions,
+)
 from omnivideo.agent.small_world.edits import read_edit
 from omnivideo.agent.small_world.lexicon import (
     Token,
@@ -18,23 +26,21 @@ from omnivideo.agent.small_world.lexicon import (
 )
 from omnivideo.agent.small_world.question_reading import read_question_action
 from omnivideo.agent.small_world.questions import is_question
-from omnivideo.agent.small_world.readings import Context, Reading, ReadingKind
+from omnivideo.agent.small_world.readings import Context, Reading
 from omnivideo.agent.small_world.scenes import DescribedScene, has_values, is_worded_as_change, read_scene
 from omnivideo.agent.small_world.wordings import load_pattern
 from omnivideo.contracts import Medium
 
-SECOND_MOTION = re.compile(r"\b(?:then|after that|afterwards|next)\b")
 PLACE_WORDS = ("to", "beside", "near", "by", "alongside", "behind")  # before "it": "next to it"
-QUESTION_WORD = re.compile(r"(?:what|which|who|whose|where|why|when|how|is|are|was|were|does|did)\b")
+QUESTION_WORD = re.compile(
+    r"(?:what|which|who|whose|where|why|when|how|is|are|was|were|does|do|did|has|have|am|any|anything)\b"
+)
+ABILITY_QUESTION = re.compile(r"(?:(?:can|could|do) you )?(?:do|make|draw|create|show|handle)\b")
 DURATION = re.compile(
     r"\b(?:\d+(?:\.\d+)?[ -]?s\b|(?:\d+(?:\.\d+)?[ -]?|(?:one|two|three|four|five|six|eight|ten|twenty|thirty)[ -]"
     r"|half an? )(?:secs?|seconds?|mins?|minutes?|hours?|frames?)\b|an? (?:minute|hour)\b)(?! ago\b)"
 )
 CORNERS = re.compile(r"\b(?:with|has|having) (?:only |exactly )?(no|one|two|three|four|five|six) corners\b")
-OPPOSITE_MOTIONS = {
-    "left": "right", "right": "left", "up": "down", "down": "up", "growing": "shrinking", "shrinking": "growing",
-}  # fmt: skip
-TASK_BY_KIND = {"length": "video-extension"}
 
 
 def read_action(text: str, context: Context) -> list[Reading]:
@@ -60,11 +66,12 @@ def read_action(text: str, context: Context) -> list[Reading]:
     if is_asked and (reading := read_question_action(text, normalized, tokens, context)):
         return [reading]
     if is_asked and context.medium and not any(token.has("longer", "task") for token in tokens):
-        unknown = [token.text for token in tokens if not token.is_known]
-        if unknown:
+        is_worded = QUESTION_WORD.match(normalized) or load_pattern("question_start").match(normalized)
+        if is_worded:  # what is seen may be the answer
+            noun = "video" if context.medium == "video" else "picture"
+            return [Reading("do", f"describe the {noun}", goal="understand", medium="text", reference="current")]
+        if unknown := [token.text for token in tokens if not token.is_known]:
             return [build_unknown(text, tokens, unknown, context)]
-        if QUESTION_WORD.match(normalized):
-            return [Reading("ask", text, message=replies.build_unclear_question())]
     if said:
         if said == "languages":
             return [Reading("say", text, goal="understand", medium="text", message=replies.NOT_ENGLISH)]
@@ -146,55 +153,20 @@ def read_request(text: str, normalized: str, tokens: Sequence[Token], context: C
     if edit.conflicts:
         return [Reading("ask", text, message=replies.build_contradiction_question(*edit.conflicts[0]))]
     changes = [change for change in edit.changes if change.text != f"medium {context.medium}"]
+    if is_correction and names_places(tokens, context):
+        return [Reading("decline", text, message=replies.build_impossible_reply("place", context.preset))]
     if is_correction:
         changes = [correct_background(change, context) for change in changes]
     if not changes:
         return [Reading("ask", text, message=replies.build_unclear_question())]
+    is_count = len(changes) == 1 and changes[0].kind == "count" and not load_pattern("sequence").search(normalized)
+    if is_count and (scene := build_scene_of_count(changes[0], context)):
+        return [Reading("do", scene.to_text(), goal="generate", medium=context.medium or "", reference="new")]
     if not reference and (missing := find_missing_target(changes, context)):
         return [Reading("ask", text, message=missing)]
     readings = read_changes(text, normalized, changes, reference, context)
     targets = tuple(change.target for change in changes)
     return [replace(reading, targets=targets, removed=tuple(edit.removed)) for reading in readings]
-
-
-def read_reversal(
-    text: str, normalized: str, tokens: Sequence[Token], reference: str, context: Context
-) -> list[Reading] | None:
-    """Return the readings of "the other way": the opposite of the clip's motion; None for other requests."""
-    if context.medium != "video" or not load_pattern("reversal").search(normalized) or reference:
-        return None
-    if any(token.has("shape", "plural", "colour", "ground", "direction", "motion") for token in tokens):
-        return None
-    motions = [obj.motion for obj in read_scene(tokenize(context.describe())).objects if obj.motion in OPPOSITE_MOTIONS]
-    if len(set(motions)) != 1:
-        return [Reading("ask", text, message=replies.DIRECTION_QUESTION)]
-    motion = IMPERATIVE_MOTIONS[OPPOSITE_MOTIONS[motions[0] or ""]]
-    return read_changes(text, normalized, [WordedChange("motion", f"make it {motion}", "it")], reference, context)
-
-
-def correct_background(change: WordedChange, context: Context) -> WordedChange:
-    """Return a correction as one of the background, if that was changed last or only it can have the colour."""
-    is_ground = change.value not in load_lexicon().facts.object_colours or "background" in context.last_request
-    if (
-        change.kind == "recolour"
-        and change.target == "it"
-        and change.value in load_lexicon().facts.backgrounds
-        and is_ground
-    ):
-        return WordedChange("background", f"change the background to {change.value}")
-    return change
-
-
-def read_versions(normalized: str, context: Context) -> list[Reading]:
-    """Return the readings of "two versions, one where it is blue and another where it is yellow"; [] for others."""
-    match = load_pattern("versions").match(normalized)
-    if match is None or not context.number:
-        return []
-    readings = list[Reading]()
-    for part in (match[1], match[2]):
-        edit = read_edit(tokenize(part), is_still=context.medium == "image")
-        readings += read_changes(part, part, edit.changes, str(context.number), context) if edit.changes else []
-    return readings if len(readings) == 2 or any(reading.kind != "do" for reading in readings) else []
 
 
 def find_ordinal(text: str, tokens: Sequence[Token], context: Context) -> tuple[str, Sequence[Token]]:
@@ -218,7 +190,8 @@ def build_unknown(text: str, tokens: Sequence[Token], unknown: list[str], contex
     names_world = any(token.has("shape", "plural", "colour", "ground") for token in tokens)
     is_wish = tokens[0].has("make", "draw", "add", "remove", "replace", "swap", "put", "medium")
     is_wish = is_wish or tokens[0].text in ("a", "an", "the", "one", "two")
-    if not is_question(normalize_text(text)) and (names_world or is_wish):
+    asks_for_ability = ABILITY_QUESTION.match(normalize_text(text)) is not None
+    if asks_for_ability or (not is_question(normalize_text(text)) and (names_world or is_wish)):
         return Reading("decline", text, message=message)
     return Reading("ask", text, message=f"I am not sure what you mean: {message} What should I make?")
 
@@ -229,13 +202,19 @@ def read_task(text: str, task: str, context: Context) -> Reading:
     return Reading("decline", text, message=replies.build_impossible_reply(task, context.preset))
 
 
+# ---------------------------------------------------------------- something new
+
+
 def is_scene_request(tokens: Sequence[Token], context: Context, *, is_correction: bool) -> bool:
     """Return whether the tokens ask for something new and not for a change of the current artifact."""
     has_shape = any(token.has("shape", "plural") for token in tokens)
     if context.medium is None:
+        first = next((index for index, token in enumerate(tokens) if token.has("shape", "plural")), len(tokens))
+        if any(token.has("resize") or token.text == "then" for token in tokens):
+            first = len(tokens)
         is_change = any(token.has("remove", "replace", "swap") for token in tokens) or any(
-            token.has("reference") and not is_relative(tokens, index) for index, token in enumerate(tokens)
-        )
+            token.has("reference") and not is_relative(tokens, index) for index, token in enumerate(tokens[:first])
+        )  # "it" after a shape can only be that shape
         return not is_change and (has_shape or any(token.has("medium") for token in tokens))
     if is_worded_as_change(tokens):
         return False
@@ -309,7 +288,7 @@ def read_scene_action(text: str, normalized: str, tokens: Sequence[Token], conte
     if not scene.objects or "shape" in scene.leftovers or any(obj.count == 0 for obj in scene.objects):
         return Reading("ask", text, message=replies.build_empty_question())
     has_reference = any(token.has("reference") for token in tokens)
-    if not has_reference and is_plain_wording(text, normalized, load_pattern("scene_form")):
+    if not has_reference and english_rules.is_plain_wording(text, normalized, load_pattern("scene_form")):
         return Reading("do", text)
     medium: Medium = "video" if scene.is_video else "image"
     return Reading("do", scene.to_text(), goal="generate", medium=medium, reference="new")
@@ -328,118 +307,4 @@ def find_scene_problem(scene: DescribedScene, normalized: str) -> str:
         return f"I cannot draw a {scene.background} background."
     if scene.count > load_lexicon().facts.max_objects:
         return f"I can show at most four shapes, not {scene.count}."
-    return ""
-
-
-def is_plain_wording(text: str, normalized: str, form: english_rules.WordingPattern) -> bool:
-    """Return whether a request is in the MLLM's own words and form, in which it is passed on as it is."""
-    words = re.findall(r"[a-z0-9'-]+", text.lower())
-    is_fluent = not re.search(r"[.;:!?](?=.)|,(?! (?:and )?(?:one|two|three|four|\d)\b)", normalized)
-    is_fluent = is_fluent and normalized == " ".join(text.lower().split())  # "there should be no star" is reworded
-    is_fluent = is_fluent and not normalized.endswith("?")
-    return is_fluent and bool(form.fullmatch(normalized)) and english_rules.load_plain_words().issuperset(words)
-
-
-# ---------------------------------------------------------------- changes
-
-
-def read_changes(
-    text: str, normalized: str, changes: Sequence[WordedChange], reference: str, context: Context
-) -> list[Reading]:
-    """Return a reading for each change; one refusal or question if any of them cannot be made."""
-    expanded = [new for change in changes for new in expand_change(change, context)]
-    for change in expanded:
-        if problem := find_change_problem(change, context):
-            kind: ReadingKind = "ask" if change.kind == "count" else "decline"
-            return [Reading(kind, text, message=problem)]
-    is_second_motion = bool(SECOND_MOTION.search(normalized)) and any(change.kind == "motion" for change in expanded)
-    is_second_motion = is_second_motion and "path" in context.preset.edits
-    if any(change.kind == "length" for change in expanded) or reference == "described" or is_second_motion:
-        return [Reading("do", text)]
-    if (
-        expanded == list(changes)
-        and len(expanded) == 1
-        and not reference
-        and is_plain_wording(text, normalized, load_pattern("edit_form"))
-    ):
-        if context.is_changed:  # whether the result before it is a clip is not known yet
-            return [Reading("do", text)]
-        return [Reading("do", text, goal="edit", medium=context.medium or "", reference="current")]
-    medium = context.medium or ""
-    if reference:
-        number = int(reference)
-        medium = context.artifacts[number - 1].medium
-    first = Reading("do", expanded[0].text, goal="edit", medium=medium, reference=reference or "current")
-    return [
-        first,
-        *(Reading("do", change.text, goal="edit", medium=medium, reference="last") for change in expanded[1:]),
-    ]
-
-
-def expand_change(change: WordedChange, context: Context) -> list[WordedChange]:
-    """Return the changes that make up one change: of each object by itself, or of shape and colour."""
-    edits = context.preset.edits
-    if change.kind == "replace" and "replace" not in edits:
-        scene = read_scene(tokenize(change.text.rpartition(" with ")[2]))
-        obj = replace(scene.objects[0])
-        shape = f"turn {change.target} into {'an' if (obj.shape or '')[0] in 'aeiou' else 'a'} {obj.shape}"
-        parts = [WordedChange("reshape", shape, change.target)]
-        renamed = change.target if change.target == "it" else f"the {obj.shape}"
-        parts += [WordedChange("recolour", f"make {renamed} {obj.colour}", renamed)] if obj.colour else []
-        parts += [WordedChange("resize", f"make {renamed} {obj.size}", renamed)] if obj.size else []
-        return [new for part in parts for new in expand_change(part, context)]
-    if change.target == "them" and change.kind in ("recolour", "reshape", "resize", "motion", "speed"):
-        names = list_object_names(context)
-        if len(names) > 1:
-            return [replace(change, text=change.text.replace("them", name, 1), target=name) for name in names]
-        if len(names) == 1 and " " in names[0] and not names[0].endswith("s"):
-            return [replace(change, text=change.text.replace("them", "it", 1), target="it")]
-    return [change]
-
-
-def list_object_names(context: Context) -> list[str]:
-    """Return "the circle" or "the red circle" for each different object that the MLLM sees."""
-    scene = read_scene(tokenize(context.describe()))
-    names = []
-    for obj in scene.objects:
-        is_unique = sum(other.shape == obj.shape for other in scene.objects) == 1
-        noun = f"{obj.shape}s" if (obj.count or 1) > 1 else str(obj.shape)
-        names.append(f"the {noun}" if is_unique else f"the {obj.colour} {noun}")
-    return names
-
-
-def find_missing_target(changes: Sequence[WordedChange], context: Context) -> str:
-    """Return a question if the first change is of a shape that is not there; else ""."""
-    named = read_scene(tokenize(changes[0].target)).objects
-    if not named or named[0].shape is None or context.is_changed:
-        return ""
-    shapes = {obj.shape for obj in read_scene(tokenize(context.describe())).objects}
-    is_missing = bool(shapes) and named[0].shape not in shapes
-    return f"There is no {named[0].shape}: I see {context.describe()}. What should I change?" if is_missing else ""
-
-
-def find_change_problem(change: WordedChange, context: Context) -> str:
-    """Return what the user is told if a change is impossible; "" if it is possible."""
-    preset = context.preset
-    if change.kind == "count":
-        return "I cannot change how many there are. Should I draw it anew, or add or remove one?"
-    task = TASK_BY_KIND.get(change.kind)
-    if change.kind == "medium" or (change.kind in ("motion", "speed", "path") and context.medium == "image"):
-        task = "image-to-video"
-    if task:
-        is_possible = task in preset.sampling and change.text != "length shorter"
-        return (
-            ""
-            if is_possible
-            else replies.build_impossible_reply(task if "shorter" not in change.text else "length", preset)
-        )
-    if change.kind == "add" and read_scene(tokenize(change.text)).count > load_lexicon().facts.max_objects:
-        return f"I can show at most four shapes. {load_lexicon().facts.contents}"
-    if change.kind not in preset.edits:
-        return replies.build_impossible_reply(change.kind, preset)
-    value = change.value
-    if change.kind == "recolour" and value not in load_lexicon().facts.object_colours:
-        return f"{value.capitalize()} is no colour of my shapes. {load_lexicon().facts.contents}"
-    if change.kind == "background" and value not in load_lexicon().facts.backgrounds:
-        return f"I cannot draw a {value} background. {load_lexicon().facts.contents}"
     return ""

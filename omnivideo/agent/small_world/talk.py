@@ -99,7 +99,7 @@ def reword_framing(text: str) -> str:
 
 def replace_wish(match: re.Match[str]) -> str:
     """Return "i want" for "the client wants", but not for "the star wants"."""
-    return match[0] if names_substance(match[1]) else f"{match['lead']}i want "
+    return match[0] if names_substance(match[2]) else f"{match['lead']}i want "
 
 
 def split_clauses(text: str) -> list[str]:

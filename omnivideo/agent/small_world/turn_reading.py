@@ -7,27 +7,40 @@ from dataclasses import replace
 from omnivideo.agent import english_rules
 from omnivideo.agent.commands import find_command
 from omnivideo.agent.small_world import replies, talk
+from omnivideo.agent.small_world.change_splitting import split_bare_changes, split_changes
 from omnivideo.agent.small_world.changed_scenes import describe_changed_scene
 from omnivideo.agent.small_world.edits import read_edit
-from omnivideo.agent.small_world.lexicon import Token, load_lexicon, normalize_text, tokenize
-from omnivideo.agent.small_world.reading import is_in_trained_words, list_object_names, read_action
+from omnivideo.agent.small_world.lexicon import Token, correct_spelling, load_lexicon, normalize_text, tokenize
+from omnivideo.agent.small_world.reading import is_in_trained_words, read_action
 from omnivideo.agent.small_world.readings import Context, Reading
-from omnivideo.agent.small_world.scenes import ObjectRequest, read_scene
-from omnivideo.agent.small_world.wordings import load_pattern
+from omnivideo.agent.small_world.referring import name_referents, read_current_scene
+from omnivideo.agent.small_world.retractions import take_back_words
+from omnivideo.agent.small_world.scenes import NUMBER_WORDS, ObjectRequest, read_scene
+from omnivideo.agent.small_world.specifications import reword_specification
+from omnivideo.agent.small_world.turn_checks import is_part_left_out
+from omnivideo.agent.small_world.wordings import load_pattern, load_rewritings
 from omnivideo.turns import ExecutedCommand
 
-ABOUT_RESULT = ("addition", "comparison")  # what is said of a result even in words of requests for new ones
+ABOUT_RESULT = ("addition", "comparison", "one_more")  # what is said of a result even in words of requests for new ones
 REPEATABLE_KINDS = ("recolour", "background", "reshape", "motion")  # changes of which a turn makes only one of a thing
-CORRECTED_CATEGORIES = ("colour", "shape", "plural", "size", "direction", "number")
 REDO = re.compile(r"\bre-?do\b|\bre-?apply\b")
-MAX_CHANGED_RESULTS = 4  # by one "both" or "all"
+MARK = re.compile(r"[,.;:!?=\n]")
 ADDITION = re.compile(r"^(?:and|with|plus|also) (?:an?|another|two|three) ")
-CONNECTING_WORDS = {"and", "but", "that is", "all", "completely", "also", "entirely"}
 ATTRIBUTES = ("colour", "size", "motion", "go", "direction", "speed", "region", "ground")
 CONTENT = (
     *ATTRIBUTES, "shape", "plural", "resize", "longer", "task", "reference", "rest", "make", "draw", "add", "remove",
     "replace", "swap", "relation",
 )  # fmt: skip
+MAX_ITEMS, DIGITS, LETTERS = 9, "123456789", "abcdefgh"
+LINE_MARK = re.compile(
+    r"(?:\(?[1-9a-h][.)]|[-*\u2022\u2013]|(?:step|no\.?) ?[1-9][:.)]?)[ \t]", re.IGNORECASE
+)  # of a line without blanks before it
+NUMBER_MARK = re.compile(r"(?:(?<=\s)|^)\(?([1-9a-h])(?:[.)](?=\s))")
+LINE_START = re.compile(
+    rf"(?:(?:and|then|now|also|finally|please) ){{0,3}}(?:{english_rules.ACTION_START}|an?|i|one|two|three|four)\b",
+    re.IGNORECASE,
+)
+CONNECTING_WORDS = {"and", "but", "that is", "all", "completely", "also", "entirely"}
 
 
 def read_turn(text: str, context: Context) -> list[Reading]:
@@ -36,21 +49,23 @@ def read_turn(text: str, context: Context) -> list[Reading]:
         return [Reading("command", text, command=redo_undone(command, text, context))]
     if talk.is_foreign(text):
         return [Reading("decline", text, message=replies.ONLY_ENGLISH)]
+    is_plain = context.medium is None and is_plain_sentence(text)
+    if not is_plain:
+        text = reword(text, context)
     readings, removed, at_start = list[Reading](), list[str](), context
-    is_about_result = context.medium and any(load_pattern(name).search(normalize_text(text)) for name in ABOUT_RESULT)
-    if is_about_result or not is_in_trained_words(text, normalize_text(text), tokenize(text), context):
-        text = reword_by_context(talk.drop_framing(take_back_words(text)), context)
-    parts = split_results(text) or split_changes(text, context) or split_turn(text)
+    parts = split_results(text) or (split_changes(text, context) if context.medium else []) or split_turn(text)
     if len(parts) == 1 and load_pattern("follow_up").match(normalize_text(text)):
         parts = [text]
     elif len(parts) == 1 and context.medium and ADDITION.match(normalize_text(text)):
         parts = [f"add {parts[0].removeprefix('with ')}"]
+    if context.medium and len(parts) > 1:
+        parts = [change for part in parts for change in split_bare_changes(part, context) or [part]]
     wishes = [part for part in parts if context.medium is None or not is_statement(part)]
     if not wishes:
         return [Reading("ask", text, message=replies.build_unclear_question())]
     for part in wishes:
         earlier_removed = tuple(removed)
-        for reading in read_action(part, context):
+        for reading in read_action(name_one_more(part, context), context):
             if reading.kind in ("ask", "decline"):
                 return [replace(reading, text=text)]
             if again := [name for name in reading.targets if name in earlier_removed]:
@@ -62,7 +77,25 @@ def read_turn(text: str, context: Context) -> list[Reading]:
                 removed.append("it")
             readings.append(reading)
             context = replace(update_context(context, reading), is_changed=True)
+    if not is_plain and is_part_left_out(readings, " ; ".join(wishes), at_start):
+        return [Reading("ask", text, message=replies.build_unclear_question())]
     return resolve_repeated_changes(readings, text)
+
+
+def is_plain_sentence(text: str) -> bool:
+    """Return whether a text without marks is a request in the MLLM's own words, which needs no rewording."""
+    normalized = normalize_text(text)
+    return MARK.search(text) is None and english_rules.is_plain_wording(text, normalized, load_pattern("scene_form"))
+
+
+def reword(text: str, context: Context) -> str:
+    """Return a text without what is taken back or said around it, and with lists and references in plain words."""
+    text = separate_items(correct_spelling(text))
+    text = reword_specification(text, has_result=context.medium is not None) or text
+    is_about_result = context.medium and any(load_pattern(name).search(normalize_text(text)) for name in ABOUT_RESULT)
+    if is_about_result or not is_in_trained_words(text, normalize_text(text), tokenize(text), context):
+        return reword_by_context(talk.drop_framing(take_back_words(text)), context)
+    return text
 
 
 def resolve_repeated_changes(readings: list[Reading], text: str) -> list[Reading]:
@@ -109,14 +142,40 @@ def reword_by_context(text: str, context: Context) -> str:
     if (match := load_pattern("one_result").search(normalized)) and has_shape(normalized[: match.start()]):
         return re.sub(r"[;.] (?=an? |one |two )", ", ", normalized[: match.start()]) + normalized[match.end() :]
     if context.medium is None:
-        return text
-    normalized = replace_comparison(normalized, context)
+        reworded = replace_wordings(normalized, "new_rewritings")
+        return text if reworded == normalized else reworded
+    reworded = replace_wordings(normalized, "change_rewritings")
+    if reworded != normalized and len(read_current_scene(context).objects) == 1:
+        normalized = reworded
+    normalized = name_referents(replace_comparison(normalized, context), context)
     if (match := load_pattern("addition").match(normalized)) and "background" not in normalized:
         return f"add {normalized[match.end() :]}"
     if "the other one" in normalized and context.number > 1 and read_scene(tokenize(context.describe())).count == 1:
         number = context.number - 1
         return normalized.replace("the other one", f"the {list(english_rules.ORDINAL_INDEX)[min(number, 10) - 1]} one")
     return text if normalized == normalize_text(text) else normalized
+
+
+def name_one_more(text: str, context: Context) -> str:
+    """Return "add a red star" for "a red one as well", if there are only stars."""
+    normalized = normalize_text(text)
+    match, is_less = load_pattern("one_more").fullmatch(normalized), load_pattern("one_less").fullmatch(normalized)
+    if context.medium is None or not (match or is_less):
+        return text
+    objects = read_current_scene(context).objects
+    if len(objects) != 1:
+        return text
+    count = (objects[0].count or 1) - 1
+    if match is None:
+        return f"make that {NUMBER_WORDS[count]}" if count else text
+    is_added = match["more"] or "another" in match["object"] or re.search(r"and|also|plus|add|put|with", match["lead"])
+    return f"{'add' if is_added else 'draw'} {match['object']}{objects[0].shape}"
+
+
+def replace_wordings(text: str, name: str) -> str:
+    for pattern, replacement in load_rewritings(name):
+        text = pattern.sub(replacement, text)
+    return text
 
 
 def replace_comparison(text: str, context: Context) -> str:
@@ -131,24 +190,6 @@ def replace_comparison(text: str, context: Context) -> str:
         matches = [ObjectRequest(colour=scene.background)]
     value = getattr(matches[0], match["attribute"]) if len(matches) == 1 else None
     return f"{text[: match.start()]}{value}{text[match.end() :]}" if value else text
-
-
-def take_back_words(text: str) -> str:
-    """Return "make it yellow" for "make it white... no, yellow"."""
-    normalized = normalize_text(text)
-    match = load_pattern("self_correction").search(normalized)
-    if match is None or not have_same_meaning(match[1], match[3]):
-        return text
-    return f"{normalized[: match.start(1)]}{match[3]}{normalized[match.end() :]}"
-
-
-def have_same_meaning(first: str, second: str) -> bool:
-    """Return whether two words are both colours, both shapes, and so on."""
-    kinds = [
-        {name for token in tokenize(word) for name, _ in token.meanings} & set(CORRECTED_CATEGORIES)
-        for word in (first, second)
-    ]
-    return bool(kinds[0] & kinds[1])
 
 
 def is_statement(text: str) -> bool:
@@ -166,100 +207,6 @@ def is_only_object(name: str, context: Context) -> bool:
     return name not in ("it", "them") and read_scene(tokenize(context.describe())).count == 1
 
 
-def split_results(text: str) -> list[str]:
-    """Return a request for each of two results of one sentence; [] for other texts."""
-    normalized = normalize_text(text).strip(" .!?")
-    if len(normalized) > english_rules.MAX_WORDING_CHARS:
-        return []
-    if match := load_pattern("separate_results").fullmatch(normalized):
-        words = re.sub(r"^(?:(?:please|draw|make|create|show me|give me|i want|i need) )+", "", match[1] or match[2])
-        parts = [part for part in re.split(r",? and then |,? then |,? and |, ", words) if part.strip()]
-        if len(parts) > 1 and all(map(has_shape, parts)):
-            return parts
-    if match := load_pattern("both_media").fullmatch(normalized):
-        return [f"a {match[1]} of {match[3]}", f"a {match[2]} of {match[3]}"] if match[1] != match[2] else []
-    if match := load_pattern("equal_results").fullmatch(normalized):
-        number = int(load_lexicon().phrases[match[1]][0][1])
-        parts = [f"a {match[2].removesuffix('s')} of {match[3]}"] * number
-    elif match := load_pattern("two_results").fullmatch(normalized):
-        parts = [f"a {match[1].removesuffix('s')} of {words}" for words in (match[2], match[3])]
-    else:
-        parts = [
-            part.strip(" ,;").removeprefix("first ")
-            for piece in load_pattern("separately").split(normalized)
-            for part in load_pattern("next_result").split(piece)
-            if part.strip()
-        ]
-        if parts and not has_shape(parts[0]):  # "first", "i want"
-            del parts[0]
-    return parts if len(parts) > 1 and all(map(has_shape, parts)) else []
-
-
-def has_shape(text: str) -> bool:
-    return any(token.has("shape", "plural") for token in tokenize(text))
-
-
-def split_changes(text: str, context: Context) -> list[str]:
-    """Return the changes of a text that names what is seen, such as "keep only the star"; [] for other texts."""
-    if context.medium is None:
-        return []
-    normalized = normalize_text(text).strip(" .!?")
-    if parts := split_by_results(normalized, context):
-        return parts
-    if match := load_pattern("exchanged_colour").fullmatch(normalized):
-        return exchange_colours(match[1], match[2], context)
-    if match := load_pattern("kept_object").fullmatch(normalized):
-        kept = {obj.shape for obj in read_scene(tokenize(match[1])).objects}
-        names = list_object_names(context)
-        others = [name for name in names if not kept & {obj.shape for obj in read_scene(tokenize(name)).objects}]
-        return [f"remove {name}" for name in others] if len(others) < len(names) else []
-    return split_bare_changes(text, context)
-
-
-def split_by_results(normalized: str, context: Context) -> list[str]:
-    """Return a change of each result for "make both of them green", if the current one shows a single object."""
-    match, number = load_pattern("both_results").search(normalized), len(context.artifacts)
-    tokens = tokenize(normalized)
-    is_change = any(token.has("colour", "ground", "shape") for token in tokens) and not any(
-        token.has("task", "impossible", "add", "remove", "swap") for token in tokens
-    )
-    if not (match and is_change and 2 <= number <= MAX_CHANGED_RESULTS):
-        return []
-    if read_scene(tokenize(context.describe())).count > 1:
-        return []
-    ordinals = list(english_rules.ORDINAL_INDEX)[:number]
-    return [f"{normalized[: match.start()]}the {ordinal} one{normalized[match.end() :]}" for ordinal in ordinals]
-
-
-def exchange_colours(old: str, new: str, context: Context) -> list[str]:
-    """Return the change of what has the old colour."""
-    tokens = [*tokenize(old), *tokenize(new)]
-    if not all(token.has("colour") for token in tokens):
-        return []
-    scene, colour = read_scene(tokenize(context.describe())), tokens[0].get("colour")
-    if scene.background == colour:
-        return [f"change the background to {new}"]
-    return [f"make the {obj.shape} {new}" for obj in scene.objects if obj.colour == colour]
-
-
-def split_bare_changes(text: str, context: Context) -> list[str]:
-    """Return "make the circle yellow" for each part of "circle yellow, star green"; [] for other texts."""
-    groups: list[list[Token]] = [[]]
-    for token in tokenize(text):
-        if token.text in (",", "and", ";", "."):
-            groups.append([])
-        else:
-            groups[-1].append(token)
-    groups = [group for group in groups if group]
-    for noun, *values in groups:
-        if not (noun.has("shape") and len(values) == 1 and values[0].has("colour", "size")):
-            return []
-    shapes = {obj.shape for obj in read_scene(tokenize(context.describe())).objects} if groups else set()
-    if not groups or not {group[0].get("shape") for group in groups} <= shapes:
-        return []
-    return [f"make the {noun.text} {value.text}" for noun, value in groups]
-
-
 def update_context(context: Context, reading: Reading) -> Context:
     """Return what the next action of the turn can refer to."""
     if reading.command is not None:
@@ -275,6 +222,117 @@ def update_context(context: Context, reading: Reading) -> Context:
         return replace(context, medium=reading.medium)
     scene = read_scene(tokenize(reading.text))
     return replace(context, medium=context.medium or ("video" if scene.is_video else "image"))
+
+
+# ---------------------------------------------------------------- the actions of a turn
+
+
+def separate_items(text: str) -> str:
+    """Return a text with a semicolon between the items of a list: lines, or parts with numbers."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    bare = [line[mark.end() :].strip() if (mark := LINE_MARK.match(line)) else line for line in lines]
+    if 1 < len(lines) <= MAX_ITEMS and (bare != lines or all(map(LINE_START.match, lines))):
+        lead = bare[0] if bare[0] != lines[0] or bare[1:] == lines[1:] or not lines[0].endswith(":") else ""
+        return "; ".join(line.rstrip(" ,;") for line in (lead, *bare[1:]) if line)
+    marks = list(NUMBER_MARK.finditer(text))
+    if 1 < len(marks) <= MAX_ITEMS and "".join(mark[1] for mark in marks) in (
+        DIGITS[: len(marks)],
+        LETTERS[: len(marks)],
+    ):
+        ends = [*(mark.start() for mark in marks[1:]), len(text)]
+        items = [text[mark.end() : end].strip(" ,;") for mark, end in zip(marks, ends, strict=True)]
+        return "; ".join(items)
+    return text
+
+
+# ---------------------------------------------------------------- several results
+
+
+def split_results(text: str) -> list[str]:
+    """Return a request for each of several results of one text; [] for other texts."""
+    normalized = normalize_text(text).strip(" .!?")
+    if len(normalized) > english_rules.MAX_WORDING_CHARS:
+        return []
+    if parts := split_named_results(normalized):
+        return parts
+    if match := load_pattern("separate_results").fullmatch(normalized):
+        words = re.sub(
+            r"^(?:(?:please|draw|make|create|show me|give me|i want|i need) )+",
+            "",
+            match[1] or match["counted"] or match[3],
+        )
+        parts = [part for part in re.split(r",? and then |,? then |,? and |, ", words) if part.strip()]
+        if len(parts) > 1 and all(map(has_shape, parts)):
+            return parts
+    if match := load_pattern("both_media").fullmatch(normalized):
+        return [f"a {match[1]} of {match[3]}", f"a {match[2]} of {match[3]}"] if match[1] != match[2] else []
+    if match := load_pattern("equal_results").fullmatch(normalized):
+        number = int(load_lexicon().phrases[match[1]][0][1])
+        parts = [f"a {match[2].removesuffix('s')} of {match[3]}"] * number
+    elif match := load_pattern("two_results").fullmatch(normalized):
+        parts = [f"a {match[1].removesuffix('s')} of {words}" for words in (match[2], match[3])]
+    elif match := load_pattern("listed_results").fullmatch(normalized):
+        parts = split_listed_results(match)
+    else:
+        parts = [
+            part.strip(" ,;").removeprefix("first ")
+            for piece in load_pattern("separately").split(normalized)
+            for part in load_pattern("next_result").split(piece)
+            if part.strip()
+        ]
+        if parts and not has_shape(parts[0]):  # "first", "i want"
+            del parts[0]
+    if len(parts) > 1 and has_shape(parts[0]):
+        parts = repeat_objects(parts)
+    return parts if len(parts) > 1 and all(map(has_shape, parts)) else []
+
+
+def repeat_objects(parts: Sequence[str]) -> list[str]:
+    """Return requests of which each names its objects: "a still of the same square" repeats those before."""
+    repeated = list(parts[:1])
+    for part in parts[1:]:
+        objects = read_scene(tokenize(repeated[-1])).objects
+        text = " and ".join(obj.to_text(with_motion=False) for obj in objects)
+        part = re.sub(r"\b(?:the|that) same \w+", text, part)
+        if objects and not has_shape(part):  # "a blue one"
+            part = re.sub(r"\bone\b$", str(objects[-1].shape), part)
+        repeated.append(part)
+    return repeated
+
+
+def split_named_results(normalized: str) -> list[str]:
+    """Return the requests of "picture one: a red circle. picture two: a red square"; [] for other texts."""
+    marks = list(load_pattern("named_result").pattern.finditer(normalized))
+    if len(marks) < 2 or normalized[: marks[0].start()].strip(" ,;:") not in ("", "please", "draw", "make"):
+        return []
+    ends = [*(mark.start() for mark in marks[1:]), len(normalized)]
+    items = [normalized[mark.end() : end].strip(" ,;.") for mark, end in zip(marks, ends, strict=True)]
+    nouns = [mark["noun"] or mark["noun2"] for mark in marks]
+    if all(re.match(r"(?:make|turn|change|add|remove|recolour|paint)\b", item) for item in items):
+        ordinals = list(english_rules.ORDINAL_INDEX)
+        return [f"in the {ordinal} {noun} {item}" for ordinal, noun, item in zip(ordinals, nouns, items, strict=False)]
+    return [f"a {noun} of {item}" for noun, item in zip(nouns, items, strict=True)]
+
+
+def split_listed_results(match: re.Match[str]) -> list[str]:
+    """Return the requests of "three separate pictures, circle, square and star, all in blue"; [] if they are others."""
+    tokens = list[Token]()
+    for token in tokenize(match["objects"]):
+        is_listed = tokens and token.has("shape") and tokens[-1].has("shape")  # "circle square and star"
+        tokens += [Token(","), token] if is_listed else [token]
+    scene, number = read_scene(tokens), int(load_lexicon().phrases[match["number"]][0][1])
+    if len(scene.objects) != number or scene.conflicts or any(obj.count not in (None, 1) for obj in scene.objects):
+        return []
+    noun = match["noun"].removesuffix("s")
+    texts = [replace(scene, objects=[obj], relation=None).to_text().partition(" of ")[2] for obj in scene.objects]
+    return [f"a {noun} of {text}" for text in texts]
+
+
+def has_shape(text: str) -> bool:
+    return any(token.has("shape", "plural") for token in tokenize(text))
+
+
+# ---------------------------------------------------------------- one action after the other
 
 
 def split_turn(text: str) -> list[str]:
@@ -314,6 +372,9 @@ def is_attribute(tokens: Sequence[Token]) -> bool:
         token.has(*ATTRIBUTES) or (token.is_known and token.text in ("a", "very", "and", ",", "on", "it", "is"))
         for token in tokens
     ) and not any(token.has("make", "add", "remove", "put") for token in tokens)  # fmt: skip
+
+
+# ---------------------------------------------------------------- replies
 
 
 def resolve_reply(request: str, question: str, reply: str) -> str:

@@ -46,6 +46,6 @@ def load_contractions() -> tuple[tuple[re.Pattern[str], str], ...]:
 
 
 @cache
-def load_rewritings() -> tuple[tuple[WordingPattern, str], ...]:
+def load_rewritings(name: str = "rewritings") -> tuple[tuple[WordingPattern, str], ...]:
     """Return pairs of a pattern of what is said around a request, and what stands for it."""
-    return tuple((WordingPattern(join_lines(pattern)), full) for pattern, full in load_wordings()["rewritings"].items())
+    return tuple((WordingPattern(join_lines(pattern)), full) for pattern, full in load_wordings()[name].items())

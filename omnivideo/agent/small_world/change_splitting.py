@@ -1,0 +1,76 @@
+"""Split a turn into the changes of what is seen: of several results, of what has a colour, of all but one object."""
+
+import re
+
+from omnivideo.agent import english_rules
+from omnivideo.agent.small_world.lexicon import Token, normalize_text, tokenize
+from omnivideo.agent.small_world.readings import Context
+from omnivideo.agent.small_world.referring import list_object_names
+from omnivideo.agent.small_world.scenes import read_scene
+from omnivideo.agent.small_world.wordings import load_pattern
+
+MAX_CHANGED_RESULTS = 4  # by one "both" or "all"
+
+
+def split_changes(text: str, context: Context) -> list[str]:
+    """Return the changes of a text that names what is seen, such as "keep only the star"; [] for other texts."""
+    normalized = normalize_text(text).strip(" .!?")
+    if parts := split_by_results(normalized, context):
+        return parts
+    if match := load_pattern("gapped_results").fullmatch(normalized):  # "make the first one green and the second red"
+        noun = "" if re.match(r" (?:one|picture|image|clip|video)\b", match["rest"]) else " one"
+        return [match["lead"] + match["first"], f"{match['lead']}{match['second']}{noun}{match['rest']}"]
+    if context.number > 1 and (match := load_pattern("restored").fullmatch(normalized)):
+        return ["undo", match["rest"]]
+    if match := load_pattern("exchanged_colour").fullmatch(normalized):
+        return exchange_colours(match[1], match[2], context)
+    if match := load_pattern("kept_object").fullmatch(normalized):
+        kept = {obj.shape for obj in read_scene(tokenize(match[1])).objects}
+        names = list_object_names(context)
+        others = [name for name in names if not kept & {obj.shape for obj in read_scene(tokenize(name)).objects}]
+        return [f"remove {name}" for name in others] if len(others) < len(names) else []
+    return split_bare_changes(text, context)
+
+
+def split_by_results(normalized: str, context: Context) -> list[str]:
+    """Return a change of each result for "make both of them green", if the current one shows a single object."""
+    match, number = load_pattern("both_results").search(normalized), len(context.artifacts)
+    tokens = tokenize(normalized)
+    is_change = any(token.has("colour", "ground", "shape") for token in tokens) and not any(
+        token.has("task", "impossible", "add", "remove", "swap") for token in tokens
+    )
+    if not (match and is_change and 2 <= number <= MAX_CHANGED_RESULTS):
+        return []
+    if read_scene(tokenize(context.describe())).count > 1:
+        return []
+    ordinals = list(english_rules.ORDINAL_INDEX)[:number]
+    return [f"{normalized[: match.start()]}the {ordinal} one{normalized[match.end() :]}" for ordinal in ordinals]
+
+
+def exchange_colours(old: str, new: str, context: Context) -> list[str]:
+    """Return the change of what has the old colour."""
+    tokens = [*tokenize(old), *tokenize(new)]
+    if not all(token.has("colour") for token in tokens):
+        return []
+    scene, colour = read_scene(tokenize(context.describe())), tokens[0].get("colour")
+    if scene.background == colour:
+        return [f"change the background to {new}"]
+    return [f"make the {obj.shape} {new}" for obj in scene.objects if obj.colour == colour]
+
+
+def split_bare_changes(text: str, context: Context) -> list[str]:
+    """Return "make the circle yellow" for each part of "circle yellow, star green"; [] for other texts."""
+    groups: list[list[Token]] = [[]]
+    for token in tokenize(text):
+        if token.text in (",", "and", ";", "."):
+            groups.append([])
+        else:
+            groups[-1].append(token)
+    groups = [group for group in groups if group]
+    for noun, *values in groups:
+        if not (noun.has("shape") and len(values) == 1 and values[0].has("colour", "size")):
+            return []
+    shapes = {obj.shape for obj in read_scene(tokenize(context.describe())).objects} if groups else set()
+    if not groups or not {group[0].get("shape") for group in groups} <= shapes:
+        return []
+    return [f"make the {noun.text} {value.text}" for noun, value in groups]
