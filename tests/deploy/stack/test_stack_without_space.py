@@ -66,7 +66,7 @@ def upload_file(http: httpx.Client) -> httpx.Response:
 
 @pytest.mark.timeout(900)
 def test_a_full_store_loses_no_clip(stack, http, report):
-    """Uploads are refused; what can be read is served; a sweep removes objects; once there is space, all clips go on."""
+    """Uploads are refused; what can be read is served; a sweep removes objects; with space again, all clips go on."""
     (sweep,) = read_blocks("Troubleshooting")
     with run_on_small_volume(stack, "s3", "64m") as fill:
         made = [str(http.post("/v1/videos", json=CLIP | {"seed": seed}).json()["id"]) for seed in range(4)]
