@@ -3,10 +3,11 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ class Engine:
         self.socket = socket
         # What an operator's shell has, so that `docker` is Debian's program and finds Compose.
         self.environment = {
-            "DOCKER_HOST": f"unix://{socket}", "DOCKER_CONFIG": str(programs), "DOCKER_BUILDKIT": "1",
+            "DOCKER_HOST": f"unix://{address}", "DOCKER_CONFIG": str(programs), "DOCKER_BUILDKIT": "1",
             "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
         }  # fmt: skip
         transport = httpx.HTTPTransport(uds=str(socket))
@@ -107,28 +108,35 @@ def install_compose(programs: Path) -> None:
     shutil.rmtree(scratch)
 
 
+def accepts_connections(path: Path) -> bool:
+    """Return whether a server listens on a Unix socket. A refused connection of httpx would stay open."""
+    with suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(path))
+        return True
+    return False
+
+
 @contextmanager
 def run_engine(folder: Path) -> Iterator[Engine]:
     """Run an engine whose files are in the folder; images stay there for the next run. Raises EngineMissing."""
     require_programs()
     install_compose(folder / "programs")
     folder.mkdir(parents=True, exist_ok=True)
-    socket, pid_file, log = folder / "engine.sock", folder / "engine.pid", folder / "engine.log"
+    address, pid_file, log = folder / "engine.sock", folder / "engine.pid", folder / "engine.log"
     command = ["/usr/sbin/dockerd", "--data-root", str(folder / "data"), "--exec-root", str(folder / "exec")]
-    command += ["--pidfile", str(pid_file), "--host", f"unix://{socket}"]
+    command += ["--pidfile", str(pid_file), "--host", f"unix://{address}"]
     pid_file.unlink(missing_ok=True)
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
-    engine, deadline = Engine(socket, folder / "programs"), time.monotonic() + START_TIMEOUT_SECONDS
+    engine, deadline = Engine(address, folder / "programs"), time.monotonic() + START_TIMEOUT_SECONDS
     try:
         while True:
             if process.poll() is not None or time.monotonic() > deadline:
                 raise EngineMissing(f"no container engine: dockerd does not start: {log.read_text()[-500:]}")
-            try:
+            if accepts_connections(address):
                 engine("GET", "/info")
                 break
-            except httpx.HTTPError:
-                time.sleep(0.2)
+            time.sleep(0.2)
         yield engine
     finally:
         engine.http.close()

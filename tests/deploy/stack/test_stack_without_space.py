@@ -82,6 +82,8 @@ def test_a_full_store_loses_no_clip(stack, http, report):
         assert http.get(f"/v1/videos/{made[0]}/content").content[4:8] == b"ftyp"
         for name in made[1:]:
             assert http.delete(f"/v1/videos/{name}").status_code == 200
+        # As documented: Garage needs a little space to record deletions.
+        stack.engine.execute("holder", "truncate", "--size=-1M", f"{FOLDERS['s3']}/filler")
         text = stack.run(sweep)
         assert int(text.split()[0]) >= 3, text
         report["a full store"] = (
