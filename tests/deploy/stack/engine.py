@@ -33,7 +33,7 @@ class Engine:
         self.socket = socket
         # What an operator's shell has, so that `docker` is Debian's program and finds Compose.
         self.environment = {
-            "DOCKER_HOST": f"unix://{address}", "DOCKER_CONFIG": str(programs), "DOCKER_BUILDKIT": "1",
+            "DOCKER_HOST": f"unix://{socket}", "DOCKER_CONFIG": str(programs), "DOCKER_BUILDKIT": "1",
             "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
         }  # fmt: skip
         transport = httpx.HTTPTransport(uds=str(socket))
