@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 app = typer.Typer()
 mllm_cli = typer.Typer(no_args_is_help=True)
 STARTUP_FAILURE = 3  # uvicorn's exit status
+# asyncio accepts as many connections in a row as its backlog allows, before any of them can be counted and refused.
+ACCEPTED_AT_ONCE = 64
+PENDING_CONNECTIONS = 2048  # of the kernel
 EXIT_TIMEOUT_SECONDS = 5.0  # for what remains after the requests have been answered
 # How long a thread that computes may keep others waiting, in s. The event loop waits so long up to ten times in one
 # request; with Python's default of 5 ms, a few threads that compute at once delay every request by a second.
@@ -104,6 +107,11 @@ def run_server(
     class StoppingServer(uvicorn.Server):
         """Tells the application when it begins to stop, before it waits for the requests in progress."""
 
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            for listening in sockets or ():
+                listening.listen(PENDING_CONNECTIONS)
+
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             if begin_stop := getattr(application.state, "begin_stop", None):
                 begin_stop()
@@ -122,6 +130,7 @@ def run_server(
         access_log=False,
         timeout_graceful_shutdown=10,
         timeout_keep_alive=75,
+        backlog=ACCEPTED_AT_ONCE,
         http=create_protocol(limits),
         proxy_headers=False,  # the service reads them itself, from the proxies in its settings
     )

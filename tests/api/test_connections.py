@@ -2,10 +2,12 @@
 
 import logging
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import anyio
 import httpx
@@ -45,6 +47,12 @@ def send_half_a_request(stack: ExitStack, port: int) -> socket.socket:
     return connection
 
 
+def is_listening(port: int) -> bool:
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
+
+
 def is_closed(connection: socket.socket) -> bool:
     connection.settimeout(0.05)
     try:
@@ -65,6 +73,40 @@ def test_half_sent_requests_keep_nobody_out():
             assert time.monotonic() - started_at < 1.0
         assert len(limits.open_connections) <= 20
         assert sum(map(is_closed, half_open)) >= 40
+
+
+SERVER_OF_FEW_FILES = """
+import resource, sys, time
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+from omnivideo.cli.service import listen, run_server
+
+async def block(request):
+    time.sleep(1.0)
+    return PlainTextResponse("ok")
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (400, 400))
+with listen("127.0.0.1", int(sys.argv[1])) as listener:
+    run_server(lambda: Starlette(routes=[Route("/", block)]), listener)
+"""
+
+
+def test_connections_that_arrive_at_once_do_not_use_up_the_files(tmp_path):
+    """They arrive while the event loop is busy, and more of them than the process may open files."""
+    port, log = free_port(), tmp_path / "log"
+    with log.open("wb") as output, ExitStack() as stack:
+        server = subprocess.Popen([sys.executable, "-c", SERVER_OF_FEW_FILES, str(port)], stdout=output, stderr=output)
+        stack.callback(server.wait)
+        stack.callback(server.kill)
+        wait_until(lambda: is_listening(port), 60)
+        blocking = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10))
+        blocking.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        time.sleep(0.3)
+        for _ in range(500):
+            send_half_a_request(stack, port)
+        assert httpx.get(f"http://127.0.0.1:{port}/", trust_env=False, timeout=20).text == "ok"
+    assert "Too many open files" not in log.read_text() and "out of system resource" not in log.read_text()
 
 
 def test_headers_must_arrive_in_time(monkeypatch):
