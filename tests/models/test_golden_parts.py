@@ -14,7 +14,9 @@ from tests.support.golden import load_golden
 from tests.support.golden_models import load_golden_model, measure_error
 
 pytestmark = pytest.mark.golden
-DECODER_ERROR, ENCODER_ERROR = 2e-5, 5e-6
+# The sums in float32 have another order on another processor. On the one on which these tests were written, what
+# EXACT bounds was equal bit by bit, and the encoders differed by 5e-6; on a Zen 5, they differ by 3e-6 and 1e-5.
+DECODER_ERROR, ENCODER_ERROR, EXACT = 2e-5, 2e-5, 1e-5
 EXPERTS = {"single": ("single", 0), "high": ("experts", 0), "low": ("experts", 1)}
 
 
@@ -36,7 +38,7 @@ def parts_2():
 
 def check_condition(ours_1LD: Tensor, theirs_LD: Tensor) -> None:
     """Compare a condition with theirs before padding; the rest must be zero."""
-    assert torch.equal(ours_1LD[0, : len(theirs_LD)], theirs_LD)
+    assert measure_error(ours_1LD[0, : len(theirs_LD)], theirs_LD) < EXACT
     assert not ours_1LD[0, len(theirs_LD) :].any()
 
 
@@ -46,15 +48,16 @@ def check_condition(ours_1LD: Tensor, theirs_LD: Tensor) -> None:
 def test_vision_head(parts_1):
     head = load_golden_model("v1").bridge.vision_head
     for name in ("", "_batch"):
-        assert torch.equal(head(parts_1[f"in.hidden_states{name}"]), parts_1[f"out.vision_head{name}"])
+        assert measure_error(head(parts_1[f"in.hidden_states{name}"]), parts_1[f"out.vision_head{name}"]) < EXACT
 
 
 def test_adapter(parts_1):
     omni = load_golden_model("v1")
     features = MLLMFeatures(parts_1["in.hidden_states"], "hidden-states")
     visual = omni.predict_visual_tokens(features)
-    assert torch.equal(omni.adapt_visual_tokens(visual, ["image"])[0], parts_1["out.adapter_first_token"][0])
-    assert torch.equal(omni.adapt_visual_tokens(visual, ["video"])[0], parts_1["out.adapter_each_token"].flatten(0, 1))
+    image, video = (omni.adapt_visual_tokens(visual, [medium])[0] for medium in ("image", "video"))
+    assert measure_error(image, parts_1["out.adapter_first_token"][0]) < EXACT
+    assert measure_error(video, parts_1["out.adapter_each_token"].flatten(0, 1)) < EXACT
 
 
 @pytest.mark.parametrize("name", ["video", "image", "not_multiple_of_4"])
@@ -102,7 +105,7 @@ def test_parts_of_each_expert(parts_2, expert):
     omni = load_golden_model(kind)
     states, source = parts_2["in.hidden_states"][0], parts_2["in.latents"]
     condition = omni.complete_conditions([{"hidden": states}], None, index)[0]
-    assert torch.equal(condition[: len(states)], parts_2[f"out.projected_{expert}"][0])
+    assert measure_error(condition[: len(states)], parts_2[f"out.projected_{expert}"][0]) < EXACT
     (tokens,) = omni.encode_visual_context(source, 1, index)
     assert measure_error(tokens, parts_2[f"out.visual_context_{expert}"][0]) < ENCODER_ERROR
 
@@ -112,7 +115,7 @@ def test_null_states_of_version_2(parts_2):
     (row,) = omni.encode_null_requests("low quality", 1, "video")
     assert torch.equal(row["hidden"], parts_2["out.null_hidden"])
     projected = omni.bridge.hidden_projection(row["hidden"])
-    assert measure_error(projected, parts_2["out.null_projected_single"]) == 0
+    assert measure_error(projected, parts_2["out.null_projected_single"]) < EXACT
 
 
 def without_markers(omni: OmniVideoModel) -> OmniVideoModel:

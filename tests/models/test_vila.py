@@ -27,7 +27,7 @@ from omnivideo.models.weights.vila import load_vila, load_vila_tokenizer
 from omnivideo.presets import get_preset
 from tests.support.golden import golden_folder, load_golden
 
-TOLERANCE = 2e-6  # index.json: no difference; another CPU may add in another order
+TOLERANCE = 2e-5  # of sums in float32, whose order differs between processors: up to 5e-6 on a Zen 5
 TASKS = {"t2v": "video", "v2v": "video", "t2i": "image", "i2i": "image"}
 
 
