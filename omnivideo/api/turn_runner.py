@@ -381,13 +381,11 @@ class TurnRunner:
     def run_turn(self, turn: TurnRecord) -> str:
         """Run the turn once and store its events. Returns "done" or "asks"; raises TurnInterrupted."""
         thread = self.get_thread(turn.owner, turn.thread_id, turn.body.get("lane", "interactive"))
-        previous_events, state = self.turns.list_events(turn.id), "asks"
-        has_started = any(event["kind"] != "waiting" for _, event in previous_events)
-        # A process may end between the last event and the checkpoint after it.
-        is_completed = any(event["kind"] == "done" for _, event in previous_events)
-        events = self.iterate_events(turn, thread, has_started)
+        earlier_kinds, state = {event["kind"] for _, event in self.turns.list_events(turn.id)}, "asks"
+        events = self.iterate_events(turn, thread, has_started=bool(earlier_kinds - {"waiting"}))
         for event in events:
-            if not (is_completed and isinstance(event, TurnCompleted)):
+            # A process may have ended between the last event and the checkpoint after it.
+            if not ("done" in earlier_kinds and isinstance(event, TurnCompleted)):
                 self.turns.append_event(turn, event.model_dump())
             self.last_event_times[turn.id] = time.monotonic()
             state = "done" if isinstance(event, TurnCompleted) else state

@@ -1,5 +1,6 @@
 """`omnivideo data curate`."""
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
@@ -73,6 +74,7 @@ def curate(
     )
     worker_count = workers or len(os.sched_getaffinity(0))
     captioner = RemoteCaptioner(captions) if captions else None
+    logging.getLogger("tornado.application").setLevel(logging.CRITICAL)  # Dask logs how an interrupted call ends
     try:
         with show_progress(console) as on_progress, closing(captioner) if captioner else nullcontext():
             result = run(

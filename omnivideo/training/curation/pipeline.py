@@ -6,7 +6,6 @@ record is written to a journal first, so a killed run continues after the last o
 
 import hashlib
 import json
-import logging
 import re
 import signal
 import threading
@@ -157,7 +156,6 @@ def format_reason(error: InvalidInput) -> str:
 def connect_workers(count: int, address: str | None) -> Iterator[Any]:
     """Yield a Dask client of a cluster, or of `count` local processes that end with this one."""
     distributed = import_optional("distributed", "dask[distributed]")
-    logging.getLogger("tornado.application").setLevel(logging.CRITICAL)  # Dask logs how an interrupted call ends
     with ignore_sigint():
         cluster = nullcontext(address) if address else distributed.LocalCluster(
             n_workers=count, threads_per_worker=1, dashboard_address="127.0.0.1:0", memory_limit=0, silence_logs=40
