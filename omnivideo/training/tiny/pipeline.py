@@ -56,8 +56,8 @@ class TinyPipeline:
     """The recipes over one folder of runs; each loads what it needs from the runs of earlier recipes.
 
     The shipped weights replace the run of a foundation that is missing. Weights that the configuration names replace
-    every missing run, and the MLLM continues from them. Stages 2b and 3 sample their requests with the first configured
-    seed; stage 3 samples further edits with the other seeds.
+    every missing run, and the foundations continue from them. Stages 2b and 3 sample their requests with the first
+    configured seed; stage 3 samples further edits with the other seeds.
     """
 
     def __init__(
@@ -148,7 +148,11 @@ class TinyPipeline:
         folder = self.runs_folder / "text" / "tokenizer"
         if self.starts_from_nothing("text"):
             return text_encoder.build_text_recipe(text_encoder.load_or_build_tokenizer(folder))
-        return text_encoder.build_text_recipe(self.load_tokenizer())
+        recipe = text_encoder.build_text_recipe(self.load_tokenizer())
+        if self.continues_from_weights:
+            encoder = self.load_shipped_part(UMT5EncoderModel, "text_encoder")
+            recipe.model.get_submodule("encoder").load_state_dict(encoder.state_dict())
+        return recipe
 
     def load_tokenizer(self) -> Any:
         return text_encoder.load_or_build_tokenizer(
