@@ -109,7 +109,7 @@ def check_that_everything_listed_is_served(http: httpx.Client) -> tuple[set[str]
     return shown, len(pictures)
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(1800, func_only=True)
 def test_a_backup_taken_under_load_serves_every_clip_elsewhere(stack, http, environment, report, tmp_path):
     """Clips and chats are made, clips are deleted and sweeps run, all during the backup."""
     made = [str(http.post("/v1/videos", json=CLIP | {"seed": seed}).json()["id"]) for seed in range(30)]

@@ -50,7 +50,7 @@ def list_versions(stack) -> set[str]:
     return {image.partition(":")[2].removesuffix("-cpu") for image in images}
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(1800, func_only=True)
 def test_an_upgrade_and_a_rollback_lose_no_clip(stack, http, report):
     commit(stack.checkout, "0.2.0")
     make_next_version(stack.checkout)

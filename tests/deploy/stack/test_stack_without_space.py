@@ -64,7 +64,7 @@ def upload_file(http: httpx.Client) -> httpx.Response:
     return http.post("/v1/files", data={"purpose": "user_data"}, files={"file": file})
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(900, func_only=True)  # not for building the images
 def test_a_full_store_loses_no_clip(stack, http, report):
     """Uploads are refused; what can be read is served; a sweep removes objects; with space again, all clips go on."""
     (sweep,) = read_blocks("Troubleshooting")
@@ -97,7 +97,7 @@ def test_a_full_store_loses_no_clip(stack, http, report):
         wait_until(lambda: http.get("/ready").status_code == 200, 60)
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(900, func_only=True)  # not for building the images
 def test_a_full_disk_of_the_database_loses_no_clip(stack, http, report):
     """PostgreSQL cannot write: requests are refused, and once there is space everything goes on by itself."""
     with run_on_small_volume(stack, "postgres", "256m") as fill:
