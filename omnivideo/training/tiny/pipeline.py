@@ -56,8 +56,8 @@ class TinyPipeline:
     """The recipes over one folder of runs; each loads what it needs from the runs of earlier recipes.
 
     The shipped weights replace the run of a foundation that is missing. Weights that the configuration names replace
-    every missing run, and the foundations continue from them. Stages 2b and 3 sample their requests with the first
-    configured seed; stage 3 samples further edits with the other seeds.
+    every missing run; the foundations and stage 1 continue from them. Stages 2b and 3 sample their requests with the
+    first configured seed; stage 3 samples further edits with the other seeds.
     """
 
     def __init__(
@@ -235,9 +235,10 @@ class TinyPipeline:
             tokenizer=self.load_tokenizer(),
             vae=self.load_vae(),
         )
-        if after_recipe != "mllm" and self.continues_from_weights and not self.run.has_run(after_recipe):
+        is_foundation = after_recipe == "mllm"
+        if self.continues_from_weights and (is_foundation or not self.run.has_run(after_recipe)):
             omni.bridge = load_bridge(TINY, self.weights_folder, lambda part: torch.float32)
-        elif after_recipe != "mllm":
+        elif not is_foundation:
             state = torch.load(self.run.get_state_file(after_recipe), weights_only=True)
             parts.TrainableParts(omni).load_state_dict(state["model"] | state["average"])
         if after_recipe not in ("mllm", "stage1") and self.run.has_run("stage1_text"):

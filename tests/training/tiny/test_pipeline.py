@@ -46,6 +46,8 @@ def test_training_starts_from_a_folder_of_weights(weights, tmp_path):
         expected = getattr(stored, name).state_dict()
         assert all(torch.equal(value, expected[key]) for key, value in getattr(loaded, name).state_dict().items()), name
     assert torch.equal(tiny.build_mllm_recipe().model.lm_head.weight, stored.mllm.lm_head.weight)
+    head = tiny.load_omni("mllm").bridge.vision_head.state_dict()  # with which stage 1 starts
+    assert all(torch.equal(value, head[key]) for key, value in stored.bridge.vision_head.state_dict().items())
     text = tiny.build_text_recipe().model.get_submodule("encoder").state_dict()
     assert all(torch.equal(value, text[key]) for key, value in stored.text_encoder.state_dict().items())
     with pytest.raises(CheckpointError, match="mllm has not been trained"):
