@@ -10,11 +10,14 @@ This module does not import torch. libgomp reads the environment once, when torc
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 WAIT_VARIABLES = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
 COUNT_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 CGROUP_ROOT, CGROUP_MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+COMPUTING_NICENESS = 5  # a third of the CPU time of a process that competes with it
 
 own_values: dict[str, str] = {}  # the values that this module has set; all others are the user's
 
@@ -40,6 +43,17 @@ def build_child_environment(processes: int) -> dict[str, str]:
     threads = str(max(1, count_available_cpus() // processes))
     counts = {} if any(is_set_by_user(name) for name in COUNT_VARIABLES) else {"OMP_NUM_THREADS": threads}
     return dict(os.environ) | counts
+
+
+def lower_cpu_priority() -> None:
+    """Let the other processes of this machine come first: those that answer people, beside one that only computes.
+
+    On Linux a priority belongs to a thread; threads that are started later have that of the one that starts them.
+    """
+    threads = Path("/proc/self/task")
+    for thread in threads.iterdir() if threads.is_dir() else ():
+        with suppress(ProcessLookupError):  # it has ended meanwhile
+            os.setpriority(os.PRIO_PROCESS, int(thread.name), COMPUTING_NICENESS)
 
 
 def is_set_by_user(name: str) -> bool:

@@ -16,7 +16,7 @@ import typer
 
 from omnivideo.cli.app import SERVER, SERVICE_COMMANDS, DeviceOption, HomeOption, WeightsOption, console
 from omnivideo.cli.logs import configure_logging, write_logging_configuration
-from omnivideo.cpu_threads import configure_cpu_threads
+from omnivideo.cpu_threads import configure_cpu_threads, lower_cpu_priority
 from omnivideo.errors import InvalidInput, MissingDependency
 from omnivideo.startup import exempt_loaded_objects, pause_collection, preload_torch
 
@@ -29,7 +29,7 @@ app = typer.Typer()
 mllm_cli = typer.Typer(no_args_is_help=True)
 STARTUP_FAILURE = 3  # uvicorn's exit status
 # asyncio accepts as many connections in a row as its backlog allows, before any of them can be counted and refused.
-ACCEPTED_AT_ONCE = 64
+ACCEPTED_AT_ONCE = 8
 PENDING_CONNECTIONS = 2048  # of the kernel
 EXIT_TIMEOUT_SECONDS = 5.0  # for what remains after the requests have been answered
 # How long a thread that computes may keep others waiting, in s. The event loop waits so long up to ten times in one
@@ -230,6 +230,7 @@ def worker(
 
     def build_worker() -> tuple[Any, float]:
         preload_torch()
+        lower_priority_on_cpu(device)
         configure_logging("worker", settings)
         worker = build_wiring(settings, device).worker
         exempt_loaded_objects()
@@ -322,6 +323,7 @@ def serve_with_transformers(
     from omnivideo.models.weights import checkpoint
     from omnivideo.models.weights.lora import merge_lora
 
+    lower_priority_on_cpu(device)
     with listen(host, port) as listener:
         omni = checkpoint.load(folder, pick_device(device), settings.precision, contents="mllm")
         log_placement(omni)
@@ -329,6 +331,14 @@ def serve_with_transformers(
             merge_lora(getattr(omni.mllm, "llm", omni.mllm), lora)
         exempt_loaded_objects()
         run_server(lambda: create_mllm_app(LocalMLLM(omni, LRUObjectStore()), settings.mllm_key), listener)
+
+
+def lower_priority_on_cpu(device: str) -> None:
+    """Let the API, the database and the store come first, if they share the CPUs with a process that computes."""
+    from omnivideo.models.device import pick_device
+
+    if pick_device(device).type == "cpu":
+        lower_cpu_priority()
 
 
 def log_placement(omni: "OmniVideoModel") -> None:
