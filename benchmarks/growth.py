@@ -33,6 +33,7 @@ from rich.table import Table
 from omnivideo.contracts import ModelIdentity
 from omnivideo.errors import SECONDS_PER_DAY
 from omnivideo.settings import load_settings
+from omnivideo.startup import exempt_loaded_objects
 from omnivideo.storage.database.schema import metadata
 from omnivideo.wiring import ServiceWiring
 from tests.support.api_server import run_api_server
@@ -83,6 +84,7 @@ def serve(home: Path, port: int) -> None:
     wiring.renderer = InstantRenderer(wiring)  # type: ignore[assignment]
     wiring.mllm = ForgetfulMLLM(wiring)
     with run_api_server(wiring, port):
+        exempt_loaded_objects()
         signal.sigwait({signal.SIGTERM, signal.SIGINT})
 
 

@@ -44,6 +44,8 @@ DEFERRED_MODULES: dict[str, tuple[str, ...]] = {
         "auto_docstring", "get_args_doc_from_source", "parse_docstring", "set_min_indent",
     ),
     "requests": (),  # diffusers downloads with it
+    # LangSmith's own types of runs, 220 modules: only its clients convert to them, and our turns are not traced.
+    "langsmith._internal._v2_migration_utils": ("QueryBackend", "get_query_backend"),
     # The compiler: transformers and diffusers mark functions that it may leave alone.
     "torch._dynamo": ("allow_in_graph", "assume_constant_result", "disable"),
     "torch._dynamo._trace_wrapped_higher_order_op": ("TransformGetItemToIndex",),
@@ -338,11 +340,17 @@ def exempt_loaded_objects() -> None:
 
 @contextmanager
 def pause_collection() -> Iterator[None]:
-    """Collect no garbage while libraries or models are loaded: they create a million objects, and these stay."""
+    """Collect no garbage while libraries or models are loaded: they create a million objects, and these stay.
+
+    Afterwards these count as old. As young ones, the next three searches would each go through all of them.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         if was_enabled:
+            if not gc.get_freeze_count():
+                gc.freeze()
+                gc.unfreeze()  # into the oldest generation, without a search
             gc.enable()

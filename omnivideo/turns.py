@@ -1,5 +1,6 @@
 """The frozen messages of conversations: a turn's plan, its results, and its events."""
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import Field
@@ -178,6 +179,15 @@ TurnEvent = (
 
 
 # ---------------------------------------------------------------- turns as the service stores them
+
+
+@dataclass(frozen=True)
+class ThreadProgress:
+    """How far a thread has got, which can be known without reading its turns."""
+
+    num_turns: int  # the complete ones
+    has_unfinished_turn: bool  # whether steps of a turn remain to be run, other than a reply's
+    question: str | None  # which waits for a reply
 
 
 class ThreadRecord(FrozenModel):

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from omnivideo.agent.commands import FILE_FORMATS
+from omnivideo.agent.references import StoredArtifacts
 from omnivideo.agent.state import PlannerState
 from omnivideo.agent.turn_plan import PlannedAction
 from omnivideo.contracts import Artifact
@@ -41,8 +42,8 @@ def execute_command(
     max_variations: int,
 ) -> CommandOutcome:
     """Return the outcome of a command. Variations are not rendered here but become actions of the turn."""
-    artifacts = [Artifact.parse_stored(artifact) for artifact in state["artifacts"]]
-    current = next((artifact for artifact in reversed(artifacts) if artifact.key == state["current_key"]), None)
+    artifacts = StoredArtifacts(state["artifacts"])
+    current = artifacts.find_last(state["current_key"])
     match command.name:
         case "help":
             return CommandOutcome(help_text)
@@ -71,7 +72,7 @@ def execute_command(
     return save_artifact(artifacts[number - 1], command, convert_artifact)
 
 
-def undo_changes(artifacts: list[Artifact], current: Artifact | None, count: int) -> CommandOutcome:
+def undo_changes(artifacts: Sequence[Artifact], current: Artifact | None, count: int) -> CommandOutcome:
     """Return to what the current artifact was edited from, or else to the one before it, `count` times."""
     previous = current
     for _ in range(count):
@@ -83,7 +84,7 @@ def undo_changes(artifacts: list[Artifact], current: Artifact | None, count: int
     )
 
 
-def find_previous(artifacts: list[Artifact], current: Artifact) -> Artifact | None:
+def find_previous(artifacts: Sequence[Artifact], current: Artifact) -> Artifact | None:
     keys = [artifact.key for artifact in artifacts]
     if current.source in keys:
         return artifacts[keys.index(current.source)]
@@ -91,7 +92,7 @@ def find_previous(artifacts: list[Artifact], current: Artifact) -> Artifact | No
     return artifacts[position - 1] if position else None
 
 
-def resend_artifact(artifacts: list[Artifact], number: int) -> CommandOutcome:
+def resend_artifact(artifacts: Sequence[Artifact], number: int) -> CommandOutcome:
     if not 1 <= number <= len(artifacts):
         return CommandOutcome(f"There is no result {number}. {list_artifacts(artifacts)}", is_refused=True)
     artifact = artifacts[number - 1]
@@ -119,7 +120,7 @@ def save_artifact(
     )
 
 
-def list_artifacts(artifacts: list[Artifact]) -> str:
+def list_artifacts(artifacts: Sequence[Artifact]) -> str:
     """Return a numbered list of what the thread has."""
     lines = [
         f"{number}) {NOUNS[artifact.medium]}: {artifact.caption}" for number, artifact in enumerate(artifacts, start=1)

@@ -110,10 +110,10 @@ def find_command(text: str, artifacts: Sequence[Artifact], *, is_strict: bool = 
 def match_command_words(words: str, artifacts: Sequence[Artifact]) -> ExecutedCommand | None:
     """Return the command that all words make together, in whatever order they stand."""
     name = find_command_by_words(words, has_result=bool(artifacts))
-    number = find_result_number(re.sub(FILE_NAME, "", words), artifacts)
-    if name == "resend":
-        return ExecutedCommand(name=name, arguments={"which": number}) if number else None
-    if name in ("save", "export"):
+    if name in ("resend", "save", "export"):
+        number = find_result_number(re.sub(FILE_NAME, "", words), artifacts)
+        if name == "resend":
+            return ExecutedCommand(name=name, arguments={"which": number}) if number else None
         return build_file_command(name, words, number if re.search(NAMED_RESULT, words) else 0)
     groups = dict[str, str | None]()
     if name in ("vary", "undo") and (count := re.search(rf"\b{COUNT}\b", words.replace("twice", "two"))):

@@ -29,7 +29,13 @@ from omnivideo.agent.capabilities import (
     reconcile_route,
 )
 from omnivideo.agent.command_results import execute_command
-from omnivideo.agent.references import ReferenceQuestion, ReferenceSearch, ask_user, ask_which_artifact
+from omnivideo.agent.references import (
+    ReferenceQuestion,
+    ReferenceSearch,
+    StoredArtifacts,
+    ask_user,
+    ask_which_artifact,
+)
 from omnivideo.agent.rendering import RenderingNodes, emit_action, emit_event
 from omnivideo.agent.small_world import replies
 from omnivideo.agent.small_world.facts import answer_fact
@@ -176,9 +182,9 @@ class Planner(RenderingNodes):
             "limited_actions": [],
             "clarifications": clarifications,
             "results": [],
-            "artifacts": attachments,
             "current_key": attachments[-1]["key"] if attachments else state.get("current_key"),
             "descriptions": descriptions,
+            **({"artifacts": attachments} if attachments else {}),  # a new version is written whole
         }
 
     def is_generation(self, action: PlannedAction) -> bool:
@@ -192,7 +198,7 @@ class Planner(RenderingNodes):
 
     def search_reference(self, state: PlannerState) -> dict[str, Any]:
         """Find the artifact that the action refers to, or the question that must be asked to find it."""
-        artifacts = [Artifact.parse_stored(artifact) for artifact in state["artifacts"]]
+        artifacts = StoredArtifacts(state["artifacts"])
         search = ReferenceSearch(self.mllm, self.prompts.describe, artifacts, dict(state["descriptions"]))
         text, goal = state["action_texts"][state["action_index"]], get_planned(state, "action_goals")
         found: Artifact | ReferenceQuestion | None = None
@@ -210,8 +216,8 @@ class Planner(RenderingNodes):
             state = state | self.search_reference(state)  # type: ignore[assignment]
         question, key = state["reference"]["question"], state["reference"]["key"]
         text, clarifications = state["action_texts"][state["action_index"]], list(state["clarifications"])
-        artifacts = [Artifact.parse_stored(artifact) for artifact in state["artifacts"]]
-        source = next((artifact for artifact in reversed(artifacts) if artifact.key == key), None)
+        artifacts = StoredArtifacts(state["artifacts"])
+        source = artifacts.find_last(key)
         if question and artifacts:
             source = ask_which_artifact(question, artifacts, state["descriptions"], clarifications)
         elif question:
@@ -375,7 +381,7 @@ class Planner(RenderingNodes):
         fact = details.get("fact")
         if fact is None or source is None:
             return []
-        artifacts = [Artifact.parse_stored(artifact) for artifact in state["artifacts"]]
+        artifacts = StoredArtifacts(state["artifacts"])
         search = ReferenceSearch(self.mllm, self.prompts.describe, artifacts, dict(state["descriptions"]))
         return [answer_fact(fact, source, artifacts, search.describe_artifact, state["action"]["text"])]
 

@@ -119,8 +119,9 @@ def build_plan_schema(num_artifacts: int) -> str:
 
 
 def build_plan_request(text: str, artifacts: Sequence[Artifact]) -> str:
-    listed = list(enumerate(artifacts, start=1))[-MAX_LISTED_ARTIFACTS:]
-    lines = (f"{number}. {artifact.medium}: {artifact.caption}" for number, artifact in listed)
+    listed = artifacts[-MAX_LISTED_ARTIFACTS:]
+    numbered = enumerate(listed, start=len(artifacts) - len(listed) + 1)
+    lines = (f"{number}. {artifact.medium}: {artifact.caption}" for number, artifact in numbered)
     return f"Made so far:\n{chr(10).join(lines) or 'nothing'}\n\nThe user says: {text}"
 
 

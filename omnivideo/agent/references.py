@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, overload
 
 from langgraph.types import interrupt
 
@@ -13,6 +14,41 @@ from omnivideo.ports import MLLM
 
 MAX_CHOICES = 10  # the newest artifacts, in a question
 MEDIUM_NAMES: dict[Medium, str] = {"image": "picture", "video": "video"}
+
+
+class StoredArtifacts(Sequence[Artifact]):
+    """The artifacts in a thread's state. Each is parsed when it is used first: most turns need the last one only."""
+
+    def __init__(self, documents: Sequence[Mapping[str, Any]]):
+        self.documents = documents
+        self.parsed: dict[int, Artifact] = {}
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    @overload
+    def __getitem__(self, index: int) -> Artifact: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Artifact]: ...
+
+    def __getitem__(self, index: int | slice) -> Artifact | list[Artifact]:
+        if isinstance(index, slice):
+            return [self[position] for position in range(*index.indices(len(self)))]
+        position = range(len(self))[index]
+        if position not in self.parsed:
+            self.parsed[position] = Artifact.parse_stored(self.documents[position])
+        return self.parsed[position]
+
+    def find_last(self, key: str | None) -> Artifact | None:
+        """Return the last artifact with this key, or None."""
+        positions = range(len(self) - 1, -1, -1)
+        return next((self[position] for position in positions if self.documents[position]["key"] == key), None)
+
+    def find_number(self, key: str) -> int:
+        """Return the number of the first artifact with this key, from 1; 0 if there is none."""
+        keys = (document["key"] for document in self.documents)
+        return next((number for number, other in enumerate(keys, start=1) if other == key), 0)
 
 
 @dataclass(frozen=True)
@@ -31,7 +67,7 @@ class ReferenceSearch:
 
     mllm: MLLM
     describe_prompt: str
-    artifacts: list[Artifact]
+    artifacts: StoredArtifacts
     descriptions: dict[str, str]
 
     def artifact_from_plan(self, reference: str, current_key: str | None = None) -> Artifact | ReferenceQuestion | None:
@@ -39,13 +75,10 @@ class ReferenceSearch:
         if reference == NEW or not self.artifacts:
             return None
         if reference == CURRENT:
-            return self.find_by_key(current_key)
+            return self.artifacts.find_last(current_key)
         if reference == UNCLEAR:
             return self.build_question("")
         return self.artifacts[-1 if reference == LAST else int(reference) - 1]
-
-    def find_by_key(self, key: str | None) -> Artifact | None:
-        return next((artifact for artifact in reversed(self.artifacts) if artifact.key == key), None)
 
     def resolve_by_words(self, text: str, current_key: str | None) -> Artifact | ReferenceQuestion | None:
         artifacts = self.artifacts
@@ -56,7 +89,7 @@ class ReferenceSearch:
         if described := english_rules.find_description(text):
             return self.find_by_description(*described)
         if english_rules.is_reference(text):
-            return next((artifact for artifact in reversed(artifacts) if artifact.key == current_key), None)
+            return artifacts.find_last(current_key)
         return None
 
     def find_by_description(self, description: str, medium: Medium | None) -> Artifact | ReferenceQuestion:

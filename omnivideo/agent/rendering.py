@@ -11,6 +11,7 @@ from omnivideo.agent.answer_text import split_rewrite
 from omnivideo.agent.capabilities import explain_invalid_input, get_task, is_frame_request
 from omnivideo.agent.command_results import ConvertArtifact
 from omnivideo.agent.planner_prompts import load_prompts
+from omnivideo.agent.references import StoredArtifacts
 from omnivideo.agent.state import PlannerState
 from omnivideo.agent.transitions import close_action
 from omnivideo.agent.turn_plan import get_details
@@ -227,11 +228,7 @@ class RenderingNodes:
     # ------------------------------------------------------------ helpers of several nodes
 
     def find_source(self, state: PlannerState) -> Artifact | None:
-        key = state["action"]["source"]
-        return next(
-            (Artifact.parse_stored(artifact) for artifact in reversed(state["artifacts"]) if artifact["key"] == key),
-            None,
-        )
+        return StoredArtifacts(state["artifacts"]).find_last(state["action"]["source"])
 
     def build_request(self, state: PlannerState) -> MLLMRequest:
         source = self.find_source(state)

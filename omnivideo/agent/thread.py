@@ -18,7 +18,7 @@ from omnivideo.agent.rendering import CANCEL_REQUESTED, derive_seed
 from omnivideo.contracts import Artifact, invalid_input_from_validation
 from omnivideo.errors import InvalidInput, ServiceStopping
 from omnivideo.ports import CHARACTER_LIMITS, TextLimits
-from omnivideo.turns import QuestionAsked, Turn, TurnCompleted, TurnEvent, TurnOptions
+from omnivideo.turns import QuestionAsked, ThreadProgress, Turn, TurnCompleted, TurnEvent, TurnOptions
 
 AttachFile = Callable[[str | Path, str], Artifact]
 THREAD_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -32,6 +32,10 @@ class ThreadIndex(Protocol):
 
     def has_thread(self, thread_id: str) -> bool: ...
 
+    def read_progress(self, thread_id: str) -> ThreadProgress | None:
+        """Return how far a thread has got; None if only its newest checkpoint itself says it."""
+        ...
+
 
 def is_turn_complete(snapshot: StateSnapshot) -> bool:
     """Return whether a state lies between two turns, so that no step remains to be run.
@@ -39,6 +43,12 @@ def is_turn_complete(snapshot: StateSnapshot) -> bool:
     The tasks decide this, because `next` omits a step that has run but whose result has not been applied yet.
     """
     return not snapshot.tasks
+
+
+def progress_from_state(snapshot: StateSnapshot) -> ThreadProgress:
+    question = str(snapshot.interrupts[0].value) if snapshot.interrupts else None
+    has_unfinished_turn = not is_turn_complete(snapshot) and question is None
+    return ThreadProgress(len(snapshot.values.get("turns", [])), has_unfinished_turn, question)
 
 
 def parse_turn_options(**options: object) -> TurnOptions:
@@ -112,7 +122,7 @@ class Thread:
             raise InvalidInput("thread", f"there is already a thread {name!r}")
         snapshot = self.find_snapshot_after(turn)
         if snapshot is None:
-            raise InvalidInput("turn", f"{turn} is not a turn of this thread: 0 to {len(self.get_turns())}")
+            raise InvalidInput("turn", f"{turn} is not a turn of this thread: 0 to {self.get_progress().num_turns}")
         return branch.initialize_state(snapshot.values)
 
     def add_artifacts(self, artifacts: Sequence[Artifact]) -> None:
@@ -145,30 +155,30 @@ class Thread:
         turn_options = parse_turn_options(**options)
         text = self.text_limits.check_message("text", text)
         artifacts = [self.to_artifact(attachment) for attachment in attachments]
-        state = self.graph.get_state(self.config)
-        if state.interrupts:
+        progress = self.get_progress()
+        if progress.question is not None:
             if artifacts:
                 raise InvalidInput("attachments", "a question is open; reply to it in words first")
-            yield from self.run_graph(Command(resume=text), state)
+            yield from self.run_graph(Command(resume=text), progress.num_turns)
             return
-        if not is_turn_complete(state):
-            yield from self.run_graph(None, state)
-            state = self.graph.get_state(self.config)
+        if progress.has_unfinished_turn:
+            yield from self.run_graph(None, progress.num_turns)
+            progress = self.get_progress()
         turn_input = {
             "text": text,
             "attachments": [artifact.model_dump() for artifact in artifacts],
             "options": turn_options.model_dump(),
         }
-        yield from self.run_graph(turn_input, state)
+        yield from self.run_graph(turn_input, progress.num_turns)
 
     def to_artifact(self, attachment: str | Path | Artifact) -> Artifact:
         return attachment if isinstance(attachment, Artifact) else self.attach_file(attachment, f"{self.id}/attached")
 
     def resume(self) -> Iterator[TurnEvent]:
         """Continue a turn that was interrupted by the end of its process, if there is one."""
-        state = self.graph.get_state(self.config)
-        if not is_turn_complete(state) and not state.interrupts:
-            yield from self.run_graph(None, state)
+        progress = self.get_progress()
+        if progress.has_unfinished_turn:
+            yield from self.run_graph(None, progress.num_turns)
 
     def cancel(self) -> None:
         """Cancel the turn that `send` runs: it raises JobCancelled at its next event, and the thread is as before it.
@@ -177,7 +187,8 @@ class Thread:
         """
         self.cancel_requested.set()
 
-    def run_graph(self, graph_input: Any, state: StateSnapshot) -> Iterator[TurnEvent]:
+    def run_graph(self, graph_input: Any, num_turns: int) -> Iterator[TurnEvent]:
+        """Run steps until the turn ends or asks. If it fails, return to the state after `num_turns` turns."""
         finished = False
         self.cancel_requested.clear()
         config = {"configurable": self.config["configurable"] | {CANCEL_REQUESTED: self.cancel_requested}}
@@ -189,15 +200,14 @@ class Thread:
         except ServiceStopping:  # another process continues the turn
             raise
         except Exception:  # whatever went wrong, the next turn must not continue this one
-            self.roll_back(len(state.values["turns"]))
+            self.roll_back(num_turns)
             raise
         if not finished and (question := self.get_open_question()):
             yield QuestionAsked(text=question)
 
     def has_unfinished_turn(self) -> bool:
         """Return whether steps of a turn remain to be run, other than a reply's."""
-        state = self.graph.get_state(self.config)
-        return not is_turn_complete(state) and not state.interrupts
+        return self.get_progress().has_unfinished_turn
 
     def roll_back(self, num_turns: int) -> None:
         """Return to the state after `num_turns` turns; the failed turn's checkpoints remain in the history."""
@@ -231,10 +241,15 @@ class Thread:
 
     # ------------------------------------------------------------ reading
 
+    def get_progress(self) -> ThreadProgress:
+        """Return how far the thread has got, without reading its turns where the checkpointer can tell."""
+        checkpointer = self.graph.checkpointer
+        known = checkpointer.read_progress(self.id) if isinstance(checkpointer, ThreadIndex) else None
+        return known or progress_from_state(self.graph.get_state(self.config))
+
     def get_open_question(self) -> str | None:
         """Return the question that waits for a reply, or None."""
-        interrupts = self.graph.get_state(self.config).interrupts
-        return str(interrupts[0].value) if interrupts else None
+        return self.get_progress().question
 
     def get_changed_at(self) -> str:
         """Return the time of the last change, in ISO 8601."""
@@ -242,6 +257,10 @@ class Thread:
 
     def get_turns(self) -> list[Turn]:
         return [Turn.parse_stored(turn) for turn in self.graph.get_state(self.config).values.get("turns", [])]
+
+    def get_turn(self, number: int) -> Turn:
+        """Return the turn with this number; the first one has number 1."""
+        return Turn.parse_stored(self.graph.get_state(self.config).values["turns"][number - 1])
 
     def get_artifacts(self) -> list[Artifact]:
         """Return every attached or generated artifact, in order."""
@@ -252,9 +271,11 @@ class Thread:
 
     def has_file(self, key: str) -> bool:
         """Return whether a key is that of an artifact of this thread, of its manifest, or of a file that was saved."""
-        saved = [result.artifact for turn in self.get_turns() for result in turn.results if result.command]
-        artifacts = [*self.get_artifacts(), *(artifact for artifact in saved if artifact)]
-        return any(key in (artifact.key, artifact.manifest) for artifact in artifacts)
+        values = self.graph.get_state(self.config).values
+        results = [result for turn in values.get("turns", []) for result in turn["results"]]
+        saved = [result["artifact"] for result in results if result.get("command") and result["artifact"]]
+        artifacts = [*values.get("artifacts", []), *saved]
+        return any(key in (artifact["key"], artifact.get("manifest")) for artifact in artifacts)
 
     def get_current_key(self) -> str | None:
         """Return the key of the artifact that "it" refers to, or None."""

@@ -26,7 +26,7 @@ from omnivideo.agent.mllm_plan import (
     parse_plan,
 )
 from omnivideo.agent.planner_prompts import Prompts
-from omnivideo.agent.references import ReferenceSearch
+from omnivideo.agent.references import ReferenceSearch, StoredArtifacts
 from omnivideo.agent.small_world.readings import Context, Reading
 from omnivideo.agent.small_world.turn_reading import read_turn
 from omnivideo.agent.state import PlannerState
@@ -122,7 +122,7 @@ def plan_turn(
 
     `descriptions` receives the MLLM's descriptions of the artifacts that it had to look at.
     """
-    artifacts = [Artifact.parse_stored(artifact) for artifact in state.get("artifacts", []) + state["attachments"]]
+    artifacts = StoredArtifacts([*state.get("artifacts", []), *state["attachments"]])
     if prompts.plan is not None:
         system = prompts.add_background(prompts.plan, TurnOptions.parse_stored(state["options"]).background)
         return plan_by_mllm(text, artifacts, mllm, system or prompts.plan)
@@ -131,7 +131,7 @@ def plan_turn(
             return [PlannedAction(action) for action in english_rules.split_actions(text)]
     search = ReferenceSearch(mllm, prompts.describe, artifacts, descriptions)
     key = state["attachments"][-1]["key"] if state["attachments"] else state.get("current_key")
-    current = search.find_by_key(key)
+    current = artifacts.find_last(key)
 
     def describe_current() -> str:
         with pause_reading(text):
@@ -142,7 +142,7 @@ def plan_turn(
         artifacts,
         current.medium if current else None,
         state["turns"][-1]["text"] if state["turns"] else "",
-        artifacts.index(current) + 1 if current else 0,
+        artifacts.find_number(current.key) if current else 0,
         describe_current,
     )
     with wait_to_read(text):

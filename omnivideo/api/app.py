@@ -253,12 +253,11 @@ def create_app(context: ServiceContext) -> FastAPI:
     app.add_middleware(RequestMiddleware, context=context, metrics=metrics)
     add_settings_middleware(app, context)
     register_error_handlers(app)
-    # The routes of the documentation come first; those of the routers have their complete paths.
-    app.state.api_routes = [route for route in app.routes if isinstance(route, Route)]
     model_routes, record_routes = (chat, responses, videos, images, understanding), (files, batches, webhooks, threads)
     for routes in (*model_routes, *record_routes, usage, operations):
-        app.include_router(routes.router)
-        app.state.api_routes += routes.router.routes
+        # These have their complete paths; `include_router` would build each once more at the first request.
+        app.router.routes.extend(routes.router.routes)
+    app.state.api_routes = [route for route in app.routes if isinstance(route, Route)]
     return app
 
 

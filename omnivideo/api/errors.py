@@ -33,6 +33,7 @@ from omnivideo.errors import (
     ServiceStopping,
     StoreError,
     build_job_error,
+    describe_database_failure,
 )
 from omnivideo.turns import TurnRecord
 from omnivideo.validation import describe_errors, find_models
@@ -275,3 +276,18 @@ def register_error_handlers(app: FastAPI) -> None:
         if error.status_code == 405:
             api_error.headers["Allow"] = ", ".join(sorted(find_allowed_methods(request)))
         return to_json_response(api_error)
+
+
+def may_repeat(turn: TurnRecord) -> bool:
+    """Return whether the turn has failed with an error that says when to try again, such as a full queue."""
+    return turn.state == "failed" and "Retry-After" in error_from_turn(turn).headers
+
+
+def is_transient(error: Exception) -> bool:
+    """Return whether the error means that the store, the MLLM or the database (also LangGraph's) is unavailable.
+
+    An error that a retry cannot fix, such as a value that the database cannot store, is not transient.
+    """
+    if isinstance(error, ArtifactNotFound):
+        return False
+    return isinstance(error, StoreError | ModelUnavailable) or describe_database_failure(error) is not None

@@ -13,18 +13,23 @@ from opentelemetry.propagate import extract, inject
 
 from omnivideo.agent.conversations import Conversations
 from omnivideo.agent.thread import Thread, parse_turn_options
-from omnivideo.api.errors import APIError, build_not_found_error, error_from_turn, log_if_internal, to_api_error
+from omnivideo.api.errors import (
+    APIError,
+    build_not_found_error,
+    is_transient,
+    log_if_internal,
+    may_repeat,
+    to_api_error,
+)
 from omnivideo.api.stores import UsageStore
 from omnivideo.contracts import OPEN_STATES, Artifact, Lane
 from omnivideo.errors import (
-    ArtifactNotFound,
     InvalidInput,
     JobCancelled,
     ModelUnavailable,
     OmniVideoError,
     ServiceStopping,
     StoreError,
-    describe_database_failure,
 )
 from omnivideo.ports import JobStore, TurnStore
 from omnivideo.turns import (
@@ -140,7 +145,8 @@ class TurnRunner:
         text = self.conversations.text_limits.check_message("text", text)
         turn_options = parse_turn_options(**options)
         thread = self.get_thread(owner, thread_id)
-        is_reply = thread.get_open_question() is not None
+        progress = thread.get_progress()
+        is_reply = progress.question is not None
         if attachments and is_reply:
             raise InvalidInput("attachments", "a question is open; reply to it without attachments first")
         turn_body = {
@@ -153,7 +159,7 @@ class TurnRunner:
             "client_fields": client_fields or {},
             "trace": capture_trace_context(),
         }
-        turn, is_new = self.create_turn(turn_id, owner, thread, turn_body)
+        turn, is_new = self.create_turn(turn_id, owner, thread.id, progress.num_turns + 1, turn_body)
         if is_new:
             self.turns_changed.set()
         return turn
@@ -167,13 +173,14 @@ class TurnRunner:
         """
         thread = self.get_thread(owner, thread_id)
         record, body = to_api_error(error).to_record(), {"client_fields": client_fields or {}}
-        return self.create_turn(turn_id, owner, thread, body, record)[0]
+        return self.create_turn(turn_id, owner, thread.id, thread.get_progress().num_turns + 1, body, record)[0]
 
     def create_turn(
-        self, turn_id: str, owner: str, thread: Thread, body: dict[str, Any], error: dict[str, Any] | None = None
-    ) -> tuple[TurnRecord, bool]:
+        self, turn_id: str, owner: str, thread_id: str, number: int, body: dict[str, Any],
+        error: dict[str, Any] | None = None,
+    ) -> tuple[TurnRecord, bool]:  # fmt: skip
         """Create a turn, which has failed if `error` is given. Return it, or the turn with the id, and if it is new."""
-        turn = self.turns.create_turn(turn_id, thread.id, owner, len(thread.get_turns()) + 1, body, error)
+        turn = self.turns.create_turn(turn_id, thread_id, owner, number, body, error)
         existing_turn = turn or self.turns.get_turn(turn_id, owner)
         if existing_turn is None:
             raise APIError(409, "thread: a turn is running; wait until it ends, or cancel it", "thread", "busy")
@@ -218,7 +225,7 @@ class TurnRunner:
             raise APIError(409, "id: later turns continue this one; delete those first, or the thread", "id", "busy")
         thread = self.get_thread(turn.owner, turn.thread_id)
         # A turn whose deletion was interrupted has failed, although the thread has it.
-        if ended_turn.state == "asks" or (not is_continued and len(thread.get_turns()) == turn.number):
+        if ended_turn.state == "asks" or (not is_continued and thread.get_progress().num_turns == turn.number):
             thread.remove_turns_after(turn.number - 1)
         self.turns.discard_turn(turn)
         if turn.number == 1 and not others:
@@ -357,7 +364,7 @@ class TurnRunner:
     def roll_back_unfinished(self, turn: TurnRecord) -> None:
         """Return the thread to its state before the turn, unless the turn is complete there."""
         thread = self.get_thread(turn.owner, turn.thread_id)
-        if len(thread.get_turns()) < turn.number:
+        if thread.get_progress().num_turns < turn.number:
             thread.roll_back(turn.number - 1)
 
     def has_progressed(self, turn: TurnRecord) -> bool:
@@ -398,17 +405,15 @@ class TurnRunner:
         A turn that ended without being rolled back may have left steps to run. Those of another turn are never run:
         only a turn that has started itself, or that replies to a question, continues them.
         """
-        completed_turns = thread.get_turns()
-        if len(completed_turns) >= turn.number:
-            yield TurnCompleted(turn=completed_turns[turn.number - 1])
-            return
-        state = thread.graph.get_state(thread.config)
-        if state.interrupts and (has_started or not turn.body["is_reply"]):
-            yield QuestionAsked(text=str(thread.get_open_question()))
-        elif thread.has_unfinished_turn() and (has_started or turn.body["is_reply"]):
+        progress = thread.get_progress()
+        if progress.num_turns >= turn.number:
+            yield TurnCompleted(turn=thread.get_turn(turn.number))
+        elif progress.question is not None and (has_started or not turn.body["is_reply"]):
+            yield QuestionAsked(text=progress.question)
+        elif progress.has_unfinished_turn and (has_started or turn.body["is_reply"]):
             yield from thread.resume()
         else:
-            if thread.has_unfinished_turn():
+            if progress.has_unfinished_turn:
                 thread.roll_back(turn.number - 1)
             attachments = [Artifact.parse_stored(attachment) for attachment in turn.body["attachments"]]
             options = TurnOptions.parse_stored(turn.body["options"]).model_dump()
@@ -431,21 +436,6 @@ class TurnRunner:
                 self.interrupt_reasons[turn.id, turn.attempt] = turn_state
             if turn_state == "cancelled":  # the turn may have submitted a job after cancel_turn was called
                 self.jobs.cancel_by_prefix(turn.owner, f"{turn.thread_id}/")
-
-
-def may_repeat(turn: TurnRecord) -> bool:
-    """Return whether the turn has failed with an error that says when to try again, such as a full queue."""
-    return turn.state == "failed" and "Retry-After" in error_from_turn(turn).headers
-
-
-def is_transient(error: Exception) -> bool:
-    """Return whether the error means that the store, the MLLM or the database (also LangGraph's) is unavailable.
-
-    An error that a retry cannot fix, such as a value that the database cannot store, is not transient.
-    """
-    if isinstance(error, ArtifactNotFound):
-        return False
-    return isinstance(error, StoreError | ModelUnavailable) or describe_database_failure(error) is not None
 
 
 class TurnInterrupted(Exception):

@@ -14,7 +14,7 @@ from rich.text import Text
 from omnivideo.contracts import SamplingParams, StepProgress
 from omnivideo.errors import InvalidInput
 from omnivideo.presets import get_preset
-from omnivideo.startup import pause_collection
+from omnivideo.startup import exempt_loaded_objects, pause_collection
 
 if TYPE_CHECKING:
     from omnivideo.models.text_limits import TokenLimits
@@ -123,10 +123,12 @@ def check_clip_texts(preset: str, weights: Path | None, params: SamplingParams, 
 
 def open_studio(preset: str, weights: Path | None, device: str, home: Path | None = None) -> "Studio":
     # Loading torch takes seconds; --help and a refused argument should not wait for it.
-    with error_console.status("loading the libraries"), pause_collection():
-        from omnivideo.sdk.studio import Studio
-    with error_console.status("loading the model"):
-        studio = Studio(preset, weights, device, home)
+    with pause_collection():
+        with error_console.status("loading the libraries"):
+            from omnivideo.sdk.studio import Studio
+        with error_console.status("loading the model"):
+            studio = Studio(preset, weights, device, home)
+        exempt_loaded_objects()
     placement = studio.omni.placement
     if placement is not None and placement.machine.gpu_bytes is not None and placement.mode != "all on the GPU":
         text = f"not all fits on the GPU: {placement.describe()}"

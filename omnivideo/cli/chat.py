@@ -88,7 +88,7 @@ class TerminalChat:
                     break
                 self.process_line(line)
         finally:
-            if self.is_interactive and self.thread.get_turns():
+            if self.is_interactive and self.thread.get_progress().num_turns:
                 self.print_line(f"to continue: omnivideo chat --thread {self.thread.id}", "dim")
 
     def process_line(self, line: str) -> None:
@@ -164,12 +164,14 @@ class TerminalChat:
 
     def fork_thread(self, argument: str) -> None:
         if not (argument.isascii() and argument.isdigit()):
-            raise InvalidInput("fork", f"give the turn to continue from: /fork N, 0 to {len(self.thread.get_turns())}")
+            raise InvalidInput(
+                "fork", f"give the turn to continue from: /fork N, 0 to {self.thread.get_progress().num_turns}"
+            )
         self.thread = self.thread.fork(int(argument))
         self.print_line(f"thread {self.thread.id}, after turn {argument}", "dim")
 
     def undo_turn(self, argument: str) -> None:
-        num_turns = len(self.thread.get_turns())
+        num_turns = self.thread.get_progress().num_turns
         if num_turns == 0:
             raise InvalidInput("undo", "there is no turn to take back")
         self.fork_thread(str(num_turns - 1))

@@ -123,7 +123,8 @@ def run_server(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     # The client should be the one to close an idle connection. With uvicorn's default of 5 s, a request can be sent on
     # a connection that the server is closing.
-    application = create_application()
+    with pause_collection():
+        application = create_application()
     config = uvicorn.Config(
         application,
         log_config=None,
@@ -232,8 +233,9 @@ def worker(
         preload_torch()
         lower_priority_on_cpu(device)
         configure_logging("worker", settings)
-        worker = build_wiring(settings, device).worker
-        exempt_loaded_objects()
+        with pause_collection():
+            worker = build_wiring(settings, device).worker
+            exempt_loaded_objects()
         logging.getLogger("omnivideo.worker").info("ready: %s", worker.renderer.model.preset, extra={"device": device})
         return worker, settings.heartbeat_timeout
 
@@ -318,14 +320,16 @@ def serve_with_transformers(
         from omnivideo.backends.mllm.server import LRUObjectStore, create_mllm_app
     except ImportError as error:
         raise MissingDependency(f"the MLLM's server needs {error.name}: pip install 'omnivideo[serve]'") from None
-    from omnivideo.backends.mllm.local import LocalMLLM
-    from omnivideo.models.device import pick_device
-    from omnivideo.models.weights import checkpoint
-    from omnivideo.models.weights.lora import merge_lora
+    with pause_collection():
+        from omnivideo.backends.mllm.local import LocalMLLM
+        from omnivideo.models.device import pick_device
+        from omnivideo.models.weights import checkpoint
+        from omnivideo.models.weights.lora import merge_lora
 
     lower_priority_on_cpu(device)
     with listen(host, port) as listener:
-        omni = checkpoint.load(folder, pick_device(device), settings.precision, contents="mllm")
+        with pause_collection():
+            omni = checkpoint.load(folder, pick_device(device), settings.precision, contents="mllm")
         log_placement(omni)
         if lora is not None:
             merge_lora(getattr(omni.mllm, "llm", omni.mllm), lora)

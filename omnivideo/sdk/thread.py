@@ -124,7 +124,7 @@ class RunningTurn:
     def run(self) -> None:
         last: Received = None
         try:
-            num_turns = len(self.thread.get_turns())
+            num_turns = self.thread.get_progress().num_turns
             events = self.thread.run_turn(*self.arguments)
             for event in events:
                 is_last = isinstance(event, TurnCompleted | QuestionAsked)

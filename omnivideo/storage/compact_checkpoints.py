@@ -1,11 +1,16 @@
 """Keep the checkpoints of a conversation linear in its number of turns.
 
-A checkpoint holds the whole state, with every turn and artifact so far, and LangGraph writes one after each step. Once
-a turn is complete, this module
+A checkpoint holds the whole state, with every turn and artifact so far, and LangGraph writes one after each step. The
+savers write the steps without the earlier turns: PostgreSQL's does so anyway, and the one for SQLite writes them as
+rows of a namespace of their own. An older version does not see that namespace: it continues from the checkpoint before
+the turn, whose jobs have the same ids. Once a turn is complete, this module
 - deletes the checkpoints of its steps: only those between two turns are needed later, to fork from;
 - packs the checkpoint before the turn: of the lists that grow, it keeps one digest. The items are rows of
   checkpoint_items, each of which refers to the one before it, so a list and its prefixes share their rows.
 The newest checkpoint is never packed, so a version that does not know about packing can continue the conversation.
+
+The metadata of a checkpoint tell how far the conversation has got, so that nobody reads all turns to know it: "lengths"
+of the lists, and "num_turns" between two turns.
 """
 
 import hashlib
@@ -24,11 +29,17 @@ from langgraph.checkpoint.base import (
     CheckpointTuple,
 )
 from langgraph.checkpoint.sqlite import SqliteSaver
+from langgraph.checkpoint.sqlite.utils import load_pending_writes, pending_writes_sql
 
 from omnivideo.errors import StoreError, describe_database_failure
+from omnivideo.turns import ThreadProgress
 
 log = logging.getLogger("omnivideo.storage")
 GROWING_CHANNELS = ("turns", "artifacts", "descriptions")
+APPENDED_CHANNELS = ("turns", "artifacts")  # of these, what is to be appended to a list
+STEPS = "steps"  # the namespace of the checkpoints within a turn, in SQLite
+PACKED = "packed"  # that of the packed form of a checkpoint that is not to be packed yet, in SQLite
+INTERRUPT_CHANNEL = "__interrupt__"  # of the writes that hold a question
 NEXT_STEP_PREFIXES = ("branch:to:", "__start__")  # of the channels that say which step is next
 CREATE_ITEMS = """CREATE TABLE IF NOT EXISTS checkpoint_items (
     thread_id TEXT NOT NULL, digest TEXT NOT NULL, previous TEXT NOT NULL, position INTEGER NOT NULL,
@@ -41,6 +52,7 @@ SELECT_ITEMS = """WITH RECURSIVE chain AS (
     SELECT item.* FROM checkpoint_items AS item, chain
     WHERE item.thread_id = chain.thread_id AND item.digest = chain.previous)
     SELECT type, value FROM chain ORDER BY position"""
+Rows = list[tuple[Any, ...]]  # inside the classes, `list` is a method
 
 
 def is_between_turns(values: dict[str, Any]) -> bool:
@@ -89,12 +101,19 @@ class CompactingSaver(ABC):
         """Return the digests of the last items of every packed checkpoint."""
 
     @abstractmethod
-    def read_growing_values(self, thread_id: str, checkpoint_id: str) -> dict[str, Any]:
-        """Return the values of GROWING_CHANNELS in a checkpoint that is not packed."""
+    def pack(self, thread_id: str, checkpoint_id: str) -> None:
+        """Move the values of GROWING_CHANNELS from a checkpoint to checkpoint_items, unless that has been done.
+
+        Their digests are stored in its metadata.
+        """
 
     @abstractmethod
-    def replace_growing_values(self, thread_id: str, checkpoint_id: str, digests: dict[str, str]) -> None:
-        """Remove the values of GROWING_CHANNELS from a checkpoint, and store their digests in its metadata."""
+    def find_newest(self, thread_id: str) -> tuple[str, dict[str, Any]] | None:
+        """Return the id and the metadata of a thread's newest checkpoint."""
+
+    @abstractmethod
+    def fetch_interrupt(self, thread_id: str, checkpoint_id: str) -> list[tuple[Any, ...]]:
+        """Return the type and the value of the question that was asked after a checkpoint, if there is one."""
 
     @abstractmethod
     def erase_freed_space(self) -> None:
@@ -106,17 +125,28 @@ class CompactingSaver(ABC):
         self, config: Any, checkpoint: Checkpoint, metadata: CheckpointMetadata, new_versions: ChannelVersions
     ) -> Any:
         values = checkpoint["channel_values"]
-        is_complete = is_between_turns(values)
-        marked_metadata = {**metadata, "num_turns": len(values.get("turns", []))} if is_complete else metadata
+        lengths = {channel: len(values.get(channel, ())) for channel in APPENDED_CHANNELS}
+        marked_metadata: Any = {**metadata, "lengths": lengths}
+        if not is_between_turns(values):
+            with translate_errors():
+                return self.put_step(config, checkpoint, marked_metadata, new_versions)
+        marked_metadata["num_turns"] = lengths["turns"]
         with translate_errors():
             saved = super().put(config, checkpoint, marked_metadata, new_versions)  # type: ignore[misc]
-        if not is_complete:
-            return saved
         try:
+            self.prepare_packing(config, checkpoint, marked_metadata)
             self.compact(str(config["configurable"]["thread_id"]), checkpoint["id"])
         except Exception as error:  # the turn is saved; it only takes more space
             log.warning("checkpoints were not compacted: %s", type(error).__name__)
         return saved
+
+    def put_step(self, *arguments: Any) -> Any:
+        """Write the checkpoint of a step within a turn."""
+        return super().put(*arguments)  # type: ignore[misc]
+
+    def prepare_packing(self, config: Any, checkpoint: Checkpoint, metadata: Any) -> None:
+        """Store what `pack` will need once a later turn is complete, while the values are at hand."""
+        return None
 
     def put_writes(self, *arguments: Any, **options: Any) -> None:
         with translate_errors():
@@ -164,6 +194,19 @@ class CompactingSaver(ABC):
         """Return whether a thread has a checkpoint, without reading one: it is as long as the conversation."""
         return bool(self.fetch_rows("SELECT 1 FROM checkpoints WHERE thread_id = ? LIMIT 1", (thread_id,)))
 
+    def read_progress(self, thread_id: str) -> ThreadProgress | None:
+        """Return how far a thread has got; None if the newest checkpoint is of a version that does not say it."""
+        newest = self.find_newest(thread_id)
+        if newest is None or "lengths" not in newest[1]:
+            return None
+        checkpoint_id, metadata = newest
+        interrupts = [
+            self.serde.loads_typed((kind, bytes(data))) for kind, data in self.fetch_interrupt(thread_id, checkpoint_id)
+        ]
+        question = str(interrupts[0][0].value) if interrupts else None
+        has_unfinished_turn = "num_turns" not in metadata and question is None
+        return ThreadProgress(metadata["lengths"]["turns"], has_unfinished_turn, question)
+
     # ------------------------------------------------------------ packing
 
     def compact(self, thread_id: str, newest_id: str) -> None:
@@ -172,16 +215,16 @@ class CompactingSaver(ABC):
         if previous_id is None:  # of a version that did not mark them
             return
         self.delete_steps(thread_id, previous_id, newest_id)
-        values = self.read_growing_values(thread_id, previous_id)
-        if values:
-            digests = {channel: self.store_items(thread_id, value) for channel, value in values.items()}
-            self.replace_growing_values(thread_id, previous_id, digests)
+        self.pack(thread_id, previous_id)
 
-    def store_items(self, thread_id: str, value: Any) -> str:
-        """Store the items of a list, or of a dict in order, that are not stored yet. Return the last one's digest."""
+    def store_items(self, thread_id: str, value: Any, start: int = 0, digest: str = "") -> str:
+        """Store the items of a list, or of a dict in order, that are not stored yet. Return the last one's digest.
+
+        The items before `start` are stored, and `digest` is that of the last of them.
+        """
         items = list(value.items()) if isinstance(value, dict) else value
-        rows, digest = list[tuple[Any, ...]](), ""
-        for position, item in enumerate(items):
+        rows = list[tuple[Any, ...]]()
+        for position, item in enumerate(items[start:], start):
             kind, data = self.serde.dumps_typed(item)
             previous, digest = digest, hashlib.sha256(digest.encode() + kind.encode() + data).hexdigest()
             rows.append((thread_id, digest, previous, position, kind, data))
@@ -213,6 +256,8 @@ class CompactingSaver(ABC):
 
 
 class CompactSqliteSaver(CompactingSaver, SqliteSaver):
+    """A SqliteSaver whose steps are in a namespace of their own, without the turns before."""
+
     def setup(self) -> None:
         if self.is_setup:
             return
@@ -229,12 +274,12 @@ class CompactSqliteSaver(CompactingSaver, SqliteSaver):
             return cursor.execute(statement, tuple(parameters)).fetchall()
 
     def find_last_complete(self, thread_id: str, before_id: str) -> str | None:
-        is_complete = "json_extract(CAST(metadata AS TEXT), '$.num_turns') IS NOT NULL"
-        query = (
-            f"SELECT max(checkpoint_id) FROM checkpoints WHERE thread_id = ? AND checkpoint_id < ? AND {is_complete}"
-        )
-        ((checkpoint_id,),) = self.fetch_rows(query, (thread_id, before_id))
-        return None if checkpoint_id is None else str(checkpoint_id)
+        query = """SELECT checkpoint_id FROM checkpoints
+            WHERE thread_id = ? AND checkpoint_ns = '' AND checkpoint_id < ?
+            AND json_extract(CAST(metadata AS TEXT), '$.num_turns') IS NOT NULL
+            ORDER BY checkpoint_id DESC LIMIT 1"""
+        rows = self.fetch_rows(query, (thread_id, before_id))
+        return str(rows[0][0]) if rows else None
 
     def delete_steps(self, thread_id: str, after_id: str, before_id: str) -> None:
         for table in ("writes", "checkpoints"):
@@ -255,24 +300,141 @@ class CompactSqliteSaver(CompactingSaver, SqliteSaver):
         packed = [json.loads(text) for (text,) in self.fetch_rows(query, (thread_id,)) if text]
         return {digest for digests in packed for digest in digests.values()}
 
-    def load_checkpoint(self, thread_id: str, checkpoint_id: str) -> Any:
-        query = "SELECT type, checkpoint FROM checkpoints WHERE thread_id = ? AND checkpoint_id = ?"
-        (row,) = self.fetch_rows(query, (thread_id, checkpoint_id))
-        return self.serde.loads_typed(row)
+    # ------------------------------------------------------------ packing
 
-    def read_growing_values(self, thread_id: str, checkpoint_id: str) -> dict[str, Any]:
-        values = self.load_checkpoint(thread_id, checkpoint_id)["channel_values"]
-        return {channel: values[channel] for channel in GROWING_CHANNELS if channel in values}
+    def prepare_packing(self, config: Any, checkpoint: Any, metadata: Any) -> None:
+        """Store the packed form of a checkpoint beside it; to read it again for this would take as long as the turn."""
+        thread_id, values = config["configurable"]["thread_id"], dict(checkpoint["channel_values"])
+        stored = self.find_stored_items(config)
+        digests = {
+            channel: self.store_items(thread_id, values.pop(channel), *stored.get(channel, ()))
+            for channel in GROWING_CHANNELS
+            if channel in values
+        }
+        packed: Any = {**checkpoint, "channel_values": values}
+        packed_metadata: Any = {**metadata, "packed": digests}
+        SqliteSaver.put(self, move_config(config, PACKED), packed, packed_metadata, {})
 
-    def replace_growing_values(self, thread_id: str, checkpoint_id: str, digests: dict[str, str]) -> None:
-        checkpoint = self.load_checkpoint(thread_id, checkpoint_id)
-        for channel in digests:
-            del checkpoint["channel_values"][channel]
-        kind, data = self.serde.dumps_typed(checkpoint)
-        statement = """UPDATE checkpoints SET type = ?, checkpoint = ?,
-            metadata = CAST(json_set(CAST(metadata AS TEXT), '$.packed', json(?)) AS BLOB)
-            WHERE thread_id = ? AND checkpoint_id = ?"""
-        self.fetch_rows(statement, (kind, data, json.dumps(digests), thread_id, checkpoint_id))
+    def find_stored_items(self, config: Any) -> dict[str, tuple[int, str]]:
+        """Return the length of each list before the turn, and the digest of its last item, if they are stored."""
+        if (base := self.find_base(config)) is None:
+            return {}
+        packed = "json_extract(CAST(metadata AS TEXT), '$.packed')"
+        query = f"""SELECT {packed} FROM checkpoints
+            WHERE thread_id = ? AND checkpoint_id = ? AND {packed} IS NOT NULL"""
+        for (text,) in self.fetch_rows(query, (config["configurable"]["thread_id"], base["base"])):
+            digests = json.loads(text)
+            return {channel: (base["lengths"][channel], digests[channel]) for channel in APPENDED_CHANNELS}
+        return {}
+
+    def pack(self, thread_id: str, checkpoint_id: str) -> None:
+        packed = f"FROM checkpoints WHERE thread_id = ?1 AND checkpoint_id = ?2 AND checkpoint_ns = '{PACKED}'"
+        place = (thread_id, checkpoint_id)
+        if not self.fetch_rows(f"SELECT 1 {packed}", place):  # of an older version, or packed
+            config: Any = {
+                "configurable": {"thread_id": thread_id, "checkpoint_ns": "", "checkpoint_id": checkpoint_id}
+            }
+            found = SqliteSaver.get_tuple(self, config)
+            if found is None or "packed" in found.metadata:
+                return
+            del config["configurable"]["checkpoint_id"]
+            self.prepare_packing(config, found.checkpoint, found.metadata)
+        columns = "type, checkpoint, metadata"
+        statement = f"""UPDATE checkpoints SET ({columns}) = (SELECT {columns} {packed})
+            WHERE thread_id = ?1 AND checkpoint_id = ?2 AND checkpoint_ns = ''"""
+        self.fetch_rows(statement, place)
+        self.fetch_rows(f"DELETE {packed}", place)
+
+    # ------------------------------------------------------------ steps
+
+    def put_step(self, config: Any, checkpoint: Any, metadata: Any, new_versions: Any) -> Any:
+        """Write a step without what the checkpoint before the turn has, whose id is "base" in its metadata."""
+        base = self.find_base(config)
+        if base is None:
+            return super().put_step(config, checkpoint, metadata, new_versions)
+        values = dict(checkpoint["channel_values"])
+        for channel in values.keys() & base["lengths"].keys():
+            values[channel] = values[channel][base["lengths"][channel] :]
+        step = {**checkpoint, "channel_values": values}
+        return move_config(super().put_step(move_config(config, STEPS), step, {**metadata, **base}, new_versions), "")
+
+    def find_base(self, config: Any) -> dict[str, Any] | None:
+        """Return the id and the lengths of the checkpoint before the turn, of which `config` names the last one.
+
+        Returns None if an older version has written it, which did not store the lengths.
+        """
+        query = "SELECT metadata FROM checkpoints WHERE thread_id = ? AND checkpoint_id = ?"
+        parent_id = config["configurable"].get("checkpoint_id")
+        for (text,) in self.fetch_rows(query, (config["configurable"]["thread_id"], parent_id)):
+            metadata = json.loads(text)
+            base_id = parent_id if "num_turns" in metadata else metadata.get("base")
+            if base_id and "lengths" in metadata:
+                return {"base": base_id, "lengths": metadata["lengths"]}
+        return None
+
+    def put_writes(self, config: Any, writes: Sequence[tuple[str, Any]], *arguments: Any, **options: Any) -> None:
+        """Store what a step has written. A step that asks becomes complete, as an older version may get the reply."""
+        thread_id, checkpoint_id = (config["configurable"][name] for name in ("thread_id", "checkpoint_id"))
+        if any(channel == INTERRUPT_CHANNEL for channel, _ in writes) and (
+            step := self.load_step(thread_id, checkpoint_id)
+        ):
+            statement = f"""UPDATE checkpoints SET checkpoint_ns = '', type = ?, checkpoint = ?
+                WHERE thread_id = ? AND checkpoint_ns = '{STEPS}' AND checkpoint_id = ?"""
+            self.fetch_rows(statement, (*self.serde.dumps_typed(step.checkpoint), thread_id, checkpoint_id))
+        super().put_writes(config, writes, *arguments, **options)
+
+    def get_tuple(self, config: Any) -> CheckpointTuple | None:
+        thread_id, checkpoint_id = config["configurable"]["thread_id"], config["configurable"].get("checkpoint_id")
+        step_id = checkpoint_id or self.find_newest_step(thread_id)
+        return (step_id and self.load_step(thread_id, step_id)) or super().get_tuple(config)
+
+    def load_step(self, thread_id: str, step_id: str) -> CheckpointTuple | None:
+        """Return a step with all of its values, or None if there is no such step."""
+        place = {"configurable": {"thread_id": thread_id, "checkpoint_ns": STEPS, "checkpoint_id": step_id}}
+        step = super().get_tuple(place)
+        base = step and super().get_tuple(move_config(place, "", step.metadata["base"]))  # type: ignore[typeddict-item]
+        if not step or not base:  # the thread is being deleted
+            return None
+        values = step.checkpoint["channel_values"]
+        for channel in values.keys() & set(APPENDED_CHANNELS):
+            values[channel] = [*base.checkpoint["channel_values"].get(channel, []), *values[channel]]
+        with translate_errors(), self.cursor(transaction=False) as cursor:
+            rows = cursor.execute(pending_writes_sql(self._has_task_path), (thread_id, "", step_id))
+            pending_writes = load_pending_writes(rows, self.serde)
+        parent = step.parent_config and move_config(step.parent_config, "")
+        return step._replace(config=move_config(place, ""), parent_config=parent, pending_writes=pending_writes)
+
+    def find_newest_step(self, thread_id: str) -> str | None:
+        """Return the id of the thread's newest checkpoint if it is a step."""
+        newest = "(SELECT max(checkpoint_id) FROM checkpoints WHERE thread_id = ? AND checkpoint_ns = ?)"
+        query = f"SELECT step FROM (SELECT {newest} AS step) WHERE step > coalesce({newest}, '')"
+        return next((str(step) for (step,) in self.fetch_rows(query, (thread_id, STEPS, thread_id, ""))), None)
+
+    def list(self, config: Any, **options: Any) -> Iterator[CheckpointTuple]:
+        return (found for found in super().list(config, **options) if get_namespace(found.config) != STEPS)
+
+    def find_newest(self, thread_id: str) -> tuple[str, dict[str, Any]] | None:
+        query = """SELECT checkpoint_id, metadata FROM checkpoints WHERE thread_id = ? AND checkpoint_ns = ?
+            ORDER BY checkpoint_id DESC LIMIT 1"""
+        rows = [row for place in ("", STEPS) for row in self.fetch_rows(query, (thread_id, place))]
+        if not rows:
+            return None
+        checkpoint_id, text = max(rows)
+        return str(checkpoint_id), json.loads(text)
+
+    def fetch_interrupt(self, thread_id: str, checkpoint_id: str) -> Rows:
+        query = "SELECT type, value FROM writes WHERE thread_id = ? AND checkpoint_id = ? AND channel = ? LIMIT 1"
+        return self.fetch_rows(query, (thread_id, checkpoint_id, INTERRUPT_CHANNEL))
+
+
+def move_config(config: Any, namespace: str, checkpoint_id: str | None = None) -> Any:
+    """Return a configuration that names the same checkpoint, or another one of its thread, in a namespace."""
+    place = {**config["configurable"], "checkpoint_ns": namespace}
+    return {"configurable": place | ({"checkpoint_id": checkpoint_id} if checkpoint_id else {})}
+
+
+def get_namespace(config: Any) -> str:
+    return str(config["configurable"].get("checkpoint_ns", ""))
 
 
 def open_sqlite_saver(connection: sqlite3.Connection) -> CompactSqliteSaver:

@@ -10,7 +10,15 @@ from langgraph.checkpoint.postgres import PostgresSaver
 from psycopg.rows import tuple_row
 from psycopg.types.json import Jsonb
 
-from omnivideo.storage.compact_checkpoints import CREATE_ITEMS, GROWING_CHANNELS, CompactingSaver, translate_errors
+from omnivideo.storage.compact_checkpoints import (
+    CREATE_ITEMS,
+    GROWING_CHANNELS,
+    INTERRUPT_CHANNEL,
+    CompactingSaver,
+    translate_errors,
+)
+
+Rows = list[tuple[Any, ...]]  # inside the class, `list` is a method
 
 
 class CompactPostgresSaver(CompactingSaver, PostgresSaver):
@@ -82,7 +90,25 @@ class CompactPostgresSaver(CompactingSaver, PostgresSaver):
         ((versions,),) = self.fetch_rows(query, (thread_id, checkpoint_id))
         return dict(versions)
 
+    def find_newest(self, thread_id: str) -> tuple[str, dict[str, Any]] | None:
+        query = """SELECT checkpoint_id, metadata FROM checkpoints WHERE thread_id = ? AND checkpoint_ns = ''
+            ORDER BY checkpoint_id DESC LIMIT 1"""
+        rows = self.fetch_rows(query, (thread_id,))
+        return (str(rows[0][0]), dict(rows[0][1])) if rows else None
+
+    def fetch_interrupt(self, thread_id: str, checkpoint_id: str) -> Rows:
+        query = """SELECT type, blob FROM checkpoint_writes
+            WHERE thread_id = ? AND checkpoint_id = ? AND channel = ? LIMIT 1"""
+        return self.fetch_rows(query, (thread_id, checkpoint_id, INTERRUPT_CHANNEL))
+
+    def pack(self, thread_id: str, checkpoint_id: str) -> None:
+        values = self.read_growing_values(thread_id, checkpoint_id)
+        if values:
+            digests = {channel: self.store_items(thread_id, value) for channel, value in values.items()}
+            self.replace_growing_values(thread_id, checkpoint_id, digests)
+
     def read_growing_values(self, thread_id: str, checkpoint_id: str) -> dict[str, Any]:
+        """Return the values of GROWING_CHANNELS in a checkpoint that is not packed."""
         versions, values = self.load_versions(thread_id, checkpoint_id), dict[str, Any]()
         query = "SELECT type, blob FROM checkpoint_blobs WHERE thread_id = ? AND channel = ? AND version = ?"
         for channel in GROWING_CHANNELS:
@@ -92,6 +118,7 @@ class CompactPostgresSaver(CompactingSaver, PostgresSaver):
         return values
 
     def replace_growing_values(self, thread_id: str, checkpoint_id: str, digests: dict[str, str]) -> None:
+        """Remove the values of GROWING_CHANNELS from a checkpoint, and store their digests in its metadata."""
         statement = """UPDATE checkpoints SET metadata = metadata || jsonb_build_object('packed', ?::jsonb)
             WHERE thread_id = ? AND checkpoint_id = ?"""
         self.fetch_rows(statement, (Jsonb(digests), thread_id, checkpoint_id))

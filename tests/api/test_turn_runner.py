@@ -16,8 +16,9 @@ from sqlalchemy.exc import IntegrityError
 
 from omnivideo.agent.conversations import Conversations
 from omnivideo.api import turn_runner
+from omnivideo.api.errors import is_transient
 from omnivideo.api.event_feed import EventFeed
-from omnivideo.api.turn_runner import TurnRunner, is_transient
+from omnivideo.api.turn_runner import TurnRunner
 from omnivideo.backends.queue.durable import DurableQueue
 from omnivideo.contracts import Change, Job
 from omnivideo.errors import ArtifactNotFound, ModelUnavailable, StoreError

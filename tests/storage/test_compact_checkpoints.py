@@ -7,8 +7,10 @@ import tracemalloc
 import pytest
 from langgraph.checkpoint.sqlite import SqliteSaver
 
-from omnivideo.agent.thread import Thread
+from omnivideo.agent.thread import Thread, progress_from_state
+from omnivideo.errors import ServiceStopping
 from omnivideo.storage.compact_checkpoints import open_sqlite_saver
+from omnivideo.turns import ThreadProgress
 from tests.support.conversations import Conversation
 from tests.support.servers import postgres
 
@@ -52,7 +54,9 @@ def count_bytes(saver) -> int:
 
 
 def count_checkpoints(saver, name: str) -> int:
-    return int(saver.fetch_rows("SELECT count(*) FROM checkpoints WHERE thread_id = ?", (name,))[0][0])
+    """Return the number of checkpoints, without the packed form that the newest one has beside it."""
+    query = "SELECT count(*) FROM checkpoints WHERE thread_id = ? AND checkpoint_ns <> 'packed'"
+    return int(saver.fetch_rows(query, (name,))[0][0])
 
 
 def hold_conversation(saver, name: str, num_turns: int) -> Conversation:
@@ -98,6 +102,89 @@ def test_whether_a_conversation_exists_is_known_without_reading_it(saver, monkey
     assert conversation.thread.exists() and not Thread(graph, "absent", attach).exists()
 
 
+def test_a_turn_reads_the_state_of_its_thread_once(saver, monkeypatch):
+    conversation = hold_conversation(saver, f"once-{time.monotonic_ns()}", 3)
+    num_reads, read = 0, saver.get_tuple
+
+    def count_read(config):
+        nonlocal num_reads
+        num_reads += 1
+        return read(config)
+
+    monkeypatch.setattr(saver, "get_tuple", count_read)
+    progress = conversation.thread.get_progress()
+    assert progress == ThreadProgress(3, False, None) and num_reads == 0
+    assert conversation.say("make it blue").number == 4 and num_reads == 1
+
+
+def test_steps_are_written_without_the_turns_before(saver):
+    """What a turn writes before it is complete must not depend on how many turns there were."""
+    conversation, sizes = hold_conversation(saver, f"steps-{time.monotonic_ns()}", 1), []
+    for num_turns in (1, 1, 30):
+        for _ in range(num_turns):
+            conversation.say("a picture of a red ball")
+        before = count_bytes(saver)
+        stop_in_a_step(conversation)
+        sizes.append(count_bytes(saver) - before)
+        assert list(conversation.thread.resume())[-1].turn.text == "a green ball"
+    assert sizes[2] < 1.1 * sizes[1], sizes  # the first turn that is resumed adds to LangGraph's own notes
+
+
+def stop_in_a_step(conversation: Conversation) -> None:
+    """Stop the process while a clip is rendered."""
+    conversation.queue.fails = ServiceStopping()
+    with pytest.raises(ServiceStopping):
+        conversation.say("a green ball")
+    conversation.queue.fails = None
+
+
+def test_another_process_continues_a_step(saver):
+    conversation = hold_conversation(saver, f"stopped-{time.monotonic_ns()}", 3)
+    turns, artifacts = conversation.thread.get_turns(), conversation.thread.get_artifacts()
+    stop_in_a_step(conversation)
+    other = Conversation(saver, conversation.thread.id)
+    progress = other.thread.get_progress()
+    assert progress.num_turns == 3 and progress.has_unfinished_turn
+    assert other.thread.get_turns() == turns and other.thread.get_artifacts() == artifacts
+    assert list(other.thread.resume())[-1].turn.number == 4 and len(other.queue.jobs) == 1
+    assert other.thread.get_turns()[:3] == turns and len(other.thread.get_artifacts()) == len(artifacts) + 1
+    assert other.say("make it blue").number == 5
+    assert [len(other.thread.fork(count, f"f{count}-{time.monotonic_ns()}").get_turns()) for count in (3, 4)] == [3, 4]
+
+
+def test_a_turn_is_rolled_back_from_a_step(saver):
+    conversation = hold_conversation(saver, f"rolled-{time.monotonic_ns()}", 3)
+    turns = conversation.thread.get_turns()
+    stop_in_a_step(conversation)
+    conversation.thread.roll_back(3)
+    assert conversation.thread.get_turns() == turns and not conversation.thread.has_unfinished_turn()
+    assert conversation.say("a red ball").number == 4
+
+
+def test_progress_is_that_of_the_state(saver):
+    conversation = hold_conversation(saver, f"progress-{time.monotonic_ns()}", 1)
+    thread = conversation.thread
+
+    def check(num_turns, has_unfinished_turn, question):
+        expected = ThreadProgress(num_turns, has_unfinished_turn, question)
+        assert thread.get_progress() == expected == progress_from_state(thread.graph.get_state(thread.config))
+
+    check(1, False, None)
+    question = conversation.say("go back to the purple one").text
+    check(1, False, question)
+    question = conversation.say("what?").text
+    check(1, False, question)
+    conversation.say("number 1")
+    check(2, False, None)
+    stop_in_a_step(conversation)
+    check(2, True, None)
+    list(thread.resume())
+    check(3, False, None)
+    thread.remove_turns_after(1)
+    check(1, False, None)
+    assert conversation.say("a red ball").number == 2
+
+
 def test_a_question_and_a_failed_turn_survive_compaction(saver):
     conversation = Conversation(saver, f"failing-{time.monotonic_ns()}")
     conversation.say("a red ball")
@@ -121,6 +208,32 @@ def test_an_older_version_reads_the_newest_state(tmp_path):
     newer = Conversation(open_sqlite_saver(connection), "talk")
     assert newer.say("a red star").number == 7 and len(newer.thread.get_turns()) == 7
     assert len(newer.thread.fork(3, "fork").get_turns()) == 3
+    connection.close()
+
+
+def test_an_older_version_gets_the_reply_to_a_question(tmp_path):
+    connection = sqlite3.connect(tmp_path / "threads.sqlite", check_same_thread=False)
+    conversation = hold_conversation(open_sqlite_saver(connection), "talk", 3)
+    question = conversation.say("go back to the purple one")
+    older = Conversation(SqliteSaver(connection), "talk")
+    assert older.thread.get_open_question() == question.text and len(older.thread.get_turns()) == 3
+    assert older.say("number 1").number == 4
+    newer = Conversation(open_sqlite_saver(connection), "talk")
+    assert newer.say("a red star").number == 5 and len(newer.thread.get_artifacts()) == 4
+    connection.close()
+
+
+def test_an_older_version_repeats_a_turn_that_stopped_in_a_step(tmp_path):
+    connection = sqlite3.connect(tmp_path / "threads.sqlite", check_same_thread=False)
+    conversation = hold_conversation(open_sqlite_saver(connection), "talk", 3)
+    stop_in_a_step(conversation)
+    older = Conversation(SqliteSaver(connection), "talk")
+    assert len(older.thread.get_turns()) == 3 and not older.thread.has_unfinished_turn()
+    assert older.say("a green ball").number == 4
+    assert older.queue.jobs[-1].id == conversation.queue.jobs[-1].id
+    newer = Conversation(open_sqlite_saver(connection), "talk")
+    assert not newer.thread.has_unfinished_turn() and newer.say("a red star").number == 5
+    assert [turn.number for turn in newer.thread.get_turns()] == [1, 2, 3, 4, 5]
     connection.close()
 
 

@@ -80,7 +80,7 @@ class ThreadFinder:
         position = self.find_position([*conversation.history, shown])
         if position is None or position.unmatched or not position.num_turns:
             return None
-        return self.get_thread(position.thread_id).get_turns()[position.num_turns - 1]
+        return self.get_thread(position.thread_id).get_turn(position.num_turns)
 
     def get_thread(self, thread_id: str) -> Thread:
         return self.context.turn_runner.get_thread(self.owner, thread_id)
@@ -119,9 +119,8 @@ class ThreadFinder:
 
     def is_current(self, position: Position) -> bool:
         """Return whether the thread stands at the position; a running turn is found when the next one is created."""
-        thread = self.get_thread(position.thread_id)
-        has_question = thread.get_open_question() is not None
-        return len(thread.get_turns()) == position.num_turns and has_question == position.at_question
+        progress = self.get_thread(position.thread_id).get_progress()
+        return (progress.num_turns, progress.question is not None) == (position.num_turns, position.at_question)
 
     def list_known_turns(self, thread_id: str) -> "KnownThread":
         """Return what was said and made in a thread of the owner; nothing for any other thread."""

@@ -178,7 +178,7 @@ def fork_thread(
 
     def create(fork_id: str) -> str:
         if thread.find_snapshot_after(payload.after_turn) is None:
-            allowed = f"allowed: 0 to {len(thread.get_turns())}"
+            allowed = f"allowed: 0 to {thread.get_progress().num_turns}"
             raise APIError(400, f"after_turn: this thread has no turn {payload.after_turn}; {allowed}", "after_turn")
         context.turns.create_thread(fork_id, owner, thread.id, payload.after_turn, payload.id)
         context.turn_runner.get_thread(owner, fork_id)  # it writes the first checkpoint
@@ -318,7 +318,7 @@ def to_turn_response(context: ServiceContext, thread_id: str, turn: TurnRecord) 
         error=None if turn.error is None else error_from_turn(turn).to_body()["error"],
     )
     if turn.state == "done":
-        response.turn = context.turn_runner.get_thread(turn.owner, turn.thread_id).get_turns()[turn.number - 1]
+        response.turn = context.turn_runner.get_thread(turn.owner, turn.thread_id).get_turn(turn.number)
     if turn.state == "asks":
         response.question = context.turn_runner.get_thread(turn.owner, turn.thread_id).get_open_question()
     return response
