@@ -53,7 +53,8 @@ def lower_cpu_priority() -> None:
     threads = Path("/proc/self/task")
     for thread in threads.iterdir() if threads.is_dir() else ():
         with suppress(ProcessLookupError):  # it has ended meanwhile
-            os.setpriority(os.PRIO_PROCESS, int(thread.name), COMPUTING_NICENESS)
+            niceness = max(COMPUTING_NICENESS, os.getpriority(os.PRIO_PROCESS, int(thread.name)))
+            os.setpriority(os.PRIO_PROCESS, int(thread.name), niceness)
 
 
 def is_set_by_user(name: str) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from omnivideo import cpu_threads
+from omnivideo.cpu_threads import COMPUTING_NICENESS
 
 ROOT = Path(__file__).parents[1]
 PRINT_ENVIRONMENT = """
@@ -162,3 +163,21 @@ sys.meta_path.insert(0, Watch())
 """
     report = run_script(watch + ENTRY_POINTS[name])
     assert report["variables"]["OMP_WAIT_POLICY"] == "passive"
+
+
+def test_all_threads_of_a_process_that_computes_give_way():
+    """On Linux a priority belongs to a thread: those that wait already must follow as well."""
+    code = (
+        "import os, threading\n"
+        "from omnivideo.cpu_threads import lower_cpu_priority\n"
+        "is_over, before = threading.Event(), os.getpriority(os.PRIO_PROCESS, 0)\n"
+        "thread = threading.Thread(target=is_over.wait)\n"
+        "thread.start()\n"
+        "lower_cpu_priority()\n"
+        "values = [os.getpriority(os.PRIO_PROCESS, int(name)) for name in os.listdir('/proc/self/task')]\n"
+        "is_over.set()\n"
+        "print(before, *values)\n"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    before, *values = map(int, output.split())
+    assert len(values) == 2 and min(values) == max(before, COMPUTING_NICENESS)
