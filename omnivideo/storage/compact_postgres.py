@@ -3,8 +3,10 @@
 PostgreSQL's saver writes lists into checkpoint_blobs, one row for each version of a channel.
 """
 
+import threading
 from collections.abc import Sequence
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, cast
 
 from langgraph.checkpoint.postgres import PostgresSaver
 from psycopg.rows import tuple_row
@@ -22,9 +24,17 @@ Rows = list[tuple[Any, ...]]  # inside the class, `list` is a method
 
 
 class CompactPostgresSaver(CompactingSaver, PostgresSaver):
-    """A PostgresSaver over a pool of connections."""
+    """A PostgresSaver over a pool of connections.
+
+    PostgresSaver holds its lock during every statement, because it may have a single connection. The pool gives each
+    thread a connection of its own; with the lock, all threads of the service would wait for each other's statements.
+    """
 
     conn: Any
+
+    def __init__(self, pool: Any):
+        super().__init__(pool)
+        self.lock = cast(threading.Lock, nullcontext())
 
     def setup(self) -> None:
         super().setup()

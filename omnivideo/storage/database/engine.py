@@ -54,6 +54,7 @@ def create_database_engine(database_url: str) -> Engine:
         isolation_level="AUTOCOMMIT",
         hide_parameters=True,  # an error's text would quote what a user has said
         pool_size=10,
+        pool_use_lifo=True,  # the connection that was used last needs no check
         max_overflow=20,
         connect_args=DRIVER_OPTIONS,
     )

@@ -6,8 +6,10 @@ the same to SQLAlchemy, to the checkpoints' pool and to the listener.
 
 import os
 import re
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from omnivideo.errors import InvalidInput, MissingDependency
 from omnivideo.network import find_authorities_file
@@ -15,6 +17,8 @@ from omnivideo.network import find_authorities_file
 if TYPE_CHECKING:
     from sqlalchemy import URL
 
+CHECK_INTERVAL_SECONDS = 0.25
+last_checks: WeakKeyDictionary[Any, float] = WeakKeyDictionary()  # when each connection has last passed
 SETTING = "OMNIVIDEO_DATABASE"
 ADDRESS_FORM = "postgresql://user:password@host:port/database, or several host:port separated by commas"
 WRITABLE_SESSIONS = ("read-write", "primary")
@@ -92,16 +96,22 @@ def read_parameters(url: "URL") -> dict[str, Any]:
 def check_writable(connection: Any) -> None:
     """Raise psycopg's OperationalError if a connection is lost; or if its server can only be read, and close it.
 
-    A server that was demoted in a failover still answers, and a pool keeps connections that are not closed.
+    A server that was demoted in a failover still answers, and a pool keeps connections that are not closed. A
+    connection that has passed within CHECK_INTERVAL_SECONDS is not asked again: the question would double the time of
+    most requests.
     """
     import psycopg
     from psycopg.rows import tuple_row
 
+    now = time.monotonic()
+    if not connection.closed and now - last_checks.get(connection, -CHECK_INTERVAL_SECONDS) < CHECK_INTERVAL_SECONDS:
+        return
     with connection.cursor(row_factory=tuple_row) as cursor:
         (is_read_only,) = cursor.execute("SHOW transaction_read_only").fetchone()
     if is_read_only == "on":
         connection.close()
         raise psycopg.OperationalError("the server cannot be written to")
+    last_checks[connection] = now
 
 
 def describe_failure(error: BaseException) -> str:
