@@ -29,7 +29,7 @@ app = typer.Typer()
 mllm_cli = typer.Typer(no_args_is_help=True)
 STARTUP_FAILURE = 3  # uvicorn's exit status
 # asyncio accepts as many connections in a row as its backlog allows, before any of them can be counted and refused.
-ACCEPTED_AT_ONCE = 8
+ACCEPTED_AT_ONCE = 4
 PENDING_CONNECTIONS = 2048  # of the kernel
 EXIT_TIMEOUT_SECONDS = 5.0  # for what remains after the requests have been answered
 # How long a thread that computes may keep others waiting, in s. The event loop waits so long up to ten times in one
