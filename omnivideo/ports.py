@@ -9,7 +9,6 @@ from omnivideo.contracts import (
     Change,
     FramePosition,
     Job,
-    JobDurations,
     JobStatus,
     Lane,
     Medium,
@@ -20,6 +19,7 @@ from omnivideo.contracts import (
     StepProgress,
     check_prompt,
 )
+from omnivideo.records import JobDurations
 from omnivideo.turns import ThreadRecord, TurnEvents, TurnRecord
 
 Latents = TypeVar("Latents")
