@@ -24,7 +24,6 @@ from omnivideo.agent.answer_text import end_at_stop, remove_reasoning, separate_
 from omnivideo.agent.capabilities import (
     build_refusal,
     choose_result_medium,
-    get_task,
     is_frame_request,
     reconcile_route,
 )
@@ -66,6 +65,7 @@ from omnivideo.contracts import (
     Route,
     TextSampling,
 )
+from omnivideo.presets import Task
 from omnivideo.turns import (
     Action,
     ActionResult,
@@ -258,8 +258,9 @@ class Planner(RenderingNodes):
         if message := self.write_message(request, route, source):
             return updates | {"message": message}
         options = TurnOptions.parse_stored(state["options"])
-        should_think = options.think == "on" or (options.think == "auto" and self.needs_thinking(request.text))
-        if should_think and get_task(route, source):
+        task = self.find_task(state, route, source)
+        should_think = options.think == "on" or (options.think == "auto" and self.needs_thinking(request.text, task))
+        if should_think and task and task != "keyframes-to-video":  # its MLLM sees the first picture only
             trace = self.rewrite_prompt(state, request)
             emit_event(PromptRewritten(trace=trace))
             updates["trace"] = trace.model_dump()
@@ -285,8 +286,13 @@ class Planner(RenderingNodes):
             return "I cannot take a picture out of a clip here."
         return build_refusal(self.preset, route, source) or ""
 
-    def needs_thinking(self, text: str) -> bool:
-        """Return whether a request describes things instead of naming them, or is not in the MLLM's own words."""
+    def needs_thinking(self, text: str, task: Task | None) -> bool:
+        """Return whether a request describes things instead of naming them, or is not in the MLLM's own words.
+
+        "Make it longer" says nothing of what is shown, and a prompt must.
+        """
+        if task in ("image-to-video", "video-extension"):
+            return True
         has_closed_vocabulary = self.prompts.plan is None
         return english_rules.is_indirect(text) or (has_closed_vocabulary and english_rules.has_other_words(text))
 

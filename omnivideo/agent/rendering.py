@@ -29,7 +29,7 @@ from omnivideo.contracts import (
 )
 from omnivideo.errors import InvalidInput, JobCancelled
 from omnivideo.ports import CHARACTER_LIMITS, MLLM, ExtractFrame, JobQueue, TextLimits
-from omnivideo.presets import Preset
+from omnivideo.presets import Preset, Task
 from omnivideo.turns import (
     Action,
     ActionResult,
@@ -130,12 +130,13 @@ class RenderingNodes:
     def render_artifact(self, state: PlannerState, source: Artifact | None) -> tuple[Artifact, int]:
         """Predict the prompt's visual tokens, then run a job with the next seed. Return the artifact and the seed."""
         options, attempt = TurnOptions.parse_stored(state["options"]), len(state["candidates"])
-        task = get_task(Route.parse_stored(state["detected_route"]), source)
+        task = self.find_task(state, Route.parse_stored(state["detected_route"]), source)
         assert task is not None, "the route is one of pixels"
         params = resolve_sampling_params(
             self.preset,
             task,
-            None if source is None else get_source_length(self.preset, source),
+            get_source_length(self.preset, task, source),
+            **({"width": source.width, "height": source.height} if source and task == "video-extension" else {}),
             steps=options.steps,
             guidance_scale=options.guidance_scale,
             seed=(self.choose_seed(state) + attempt + get_details(state).get("seed_offset", 0)) % (MAX_SEED + 1),
@@ -150,6 +151,7 @@ class RenderingNodes:
             ),
             source=source,
             params=params,
+            last_frame=self.find_last_frame(state) if task == "keyframes-to-video" else None,
             preset=self.preset.name,
         )
         return self.follow_job(job, final=options.check == 1), job.seed
@@ -232,6 +234,18 @@ class RenderingNodes:
             (Artifact.parse_stored(artifact) for artifact in reversed(state["artifacts"]) if artifact["key"] == key),
             None,
         )
+
+    def find_task(self, state: PlannerState, route: Route, source: Artifact | None) -> Task | None:
+        """Return the task of the current action: as its words were read, or as an MLLM that plans leaves them."""
+        requested = get_details(state).get("task")
+        if self.prompts.plan and "video-extension" in self.preset.sampling:
+            text = state["action"]["text"]
+            requested = "video-extension" if media_words.is_extension_request(text) else requested
+        return get_task(self.preset, route, source, requested)
+
+    def find_last_frame(self, state: PlannerState) -> Artifact:
+        """Return the picture that the clip of the current action ends with."""
+        return Artifact.parse_stored(state["artifacts"][get_details(state)["last_frame"] - 1])
 
     def build_request(self, state: PlannerState) -> MLLMRequest:
         source = self.find_source(state)

@@ -9,6 +9,7 @@ from omnivideo.agent.commands import find_command
 from omnivideo.agent.small_world import replies, talk
 from omnivideo.agent.small_world.change_requests import (
     build_scene_of_count,
+    build_task_reading,
     correct_background,
     find_missing_target,
     names_places,
@@ -83,7 +84,8 @@ def read_action(text: str, context: Context) -> list[Reading]:
     impossible = [token.text for token in tokens if token.has("impossible")]
     if impossible:
         return [Reading("decline", text, message=replies.build_unknown_reply(impossible, context.preset, len(tokens)))]
-    if is_in_trained_words(text, normalized, tokens, context):
+    is_task = context.medium is not None and any(token.has("task") for token in tokens)
+    if not is_task and is_in_trained_words(text, normalized, tokens, context):
         return [Reading("do", text)]
     return read_request(text, normalized, tokens, context)
 
@@ -128,12 +130,13 @@ def read_request(text: str, normalized: str, tokens: Sequence[Token], context: C
     other_medium = context.medium and media_words.find_requested_medium(text, context.medium)
     if other_medium == "image" or (other_medium and context.preset.animates_pictures):
         return [Reading("do", text)]  # a still of a clip needs no model
-    tasks = [token.get("task") or "" for token in tokens if token.has("task")]
+    reference, named_tokens = find_ordinal(text, tokens, context)
+    tasks = [token.get("task") or "" for token in (*tokens, *named_tokens) if token.has("task")]
     if tasks and context.medium:
         return [read_task(text, tasks[0], context)]
     if DURATION.search(normalized):
         return [Reading("decline", text, message=replies.DURATION_ANSWER)]
-    reference, tokens = find_ordinal(text, tokens, context)
+    tokens = named_tokens
     unknown = [token.text for token in tokens if not token.is_known]
     if unknown:
         return [build_unknown(text, tokens, unknown, context)]
@@ -197,9 +200,19 @@ def build_unknown(text: str, tokens: Sequence[Token], unknown: list[str], contex
 
 
 def read_task(text: str, task: str, context: Context) -> Reading:
-    if task in context.preset.sampling:
-        return Reading("do", text)
-    return Reading("decline", text, message=replies.build_impossible_reply(task, context.preset))
+    """Return the reading of a request to animate a picture, or to go from one picture to another."""
+    if task not in context.preset.sampling:
+        return Reading("decline", text, message=replies.build_impossible_reply(task, context.preset))
+    pictures = [number for number, artifact in enumerate(context.artifacts, start=1) if artifact.medium == "image"]
+    if task == "keyframes-to-video":
+        if len(pictures) < 2:
+            return Reading("ask", text, message=replies.TWO_PICTURES_QUESTION)
+        return build_task_reading(text, "keyframes-to-video", str(pictures[-2]), pictures[-1])
+    reference = find_ordinal(text, (), context)[0]
+    named = int(reference) if reference.isdigit() else context.number
+    if named not in pictures and reference != "described":
+        return Reading("do", text)  # a clip moves already; its motion may change
+    return build_task_reading(text, "image-to-video", reference)
 
 
 # ---------------------------------------------------------------- something new

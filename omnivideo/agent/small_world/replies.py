@@ -29,6 +29,9 @@ DURATION_ANSWER = (
     "I cannot choose from words how long a clip lasts. All my clips have the same number of frames; the option"
     " `seconds` of a request sets how long they take."
 )
+EXTENSION_REQUEST = "make it longer"
+STILL_LENGTH_QUESTION = "A picture has no length. Should I animate it, or what else should I do with it?"
+TWO_PICTURES_QUESTION = "That takes two pictures, and I see fewer. What should I make?"
 NOTHING_QUESTION = "There is nothing to look at yet. What should I create?"
 COUNT_QUESTION = "How many should there be? I can show up to four."
 DIRECTION_QUESTION = "Which way should it move: left, right, up or down?"
