@@ -136,7 +136,7 @@ class RenderingNodes:
             self.preset,
             task,
             get_source_length(self.preset, task, source),
-            **({"width": source.width, "height": source.height} if source and task == "video-extension" else {}),
+            **self.choose_shape(state, task, source),
             steps=options.steps,
             guidance_scale=options.guidance_scale,
             seed=(self.choose_seed(state) + attempt + get_details(state).get("seed_offset", 0)) % (MAX_SEED + 1),
@@ -155,6 +155,12 @@ class RenderingNodes:
             preset=self.preset.name,
         )
         return self.follow_job(job, final=options.check == 1), job.seed
+
+    def choose_shape(self, state: PlannerState, task: Task, source: Artifact | None) -> dict[str, float | None]:
+        """Return the size of a clip that is extended, and the seconds that are added; others have the default shape."""
+        if source is None or task != "video-extension":
+            return {}
+        return {"width": source.width, "height": source.height, "seconds": get_details(state).get("seconds")}
 
     def choose_seed(self, state: PlannerState) -> int:
         """Return the turn's seed, or one of this action."""

@@ -76,6 +76,20 @@ def test_two_pictures_are_the_first_and_the_last_frame():
     assert question.kind == "ask" and "two pictures" in question.message
 
 
+@pytest.mark.parametrize(("text", "seconds"), [
+    ("make it two seconds longer", 2), ("extend it by 1.5 seconds", 1.5), ("add another second", 1),
+    ("add 3 more seconds", 3), ("continue it for ten seconds", 10), ("make it longer", 0),
+])  # fmt: skip
+def test_the_seconds_that_are_added_are_read(text, seconds):
+    (reading,) = read(text, ["video"])
+    assert (reading.kind, reading.task, reading.seconds) == ("do", "video-extension", seconds)
+    assert read(text, ["video"], TINY)[0].kind != "do"
+
+
+def test_a_length_that_nothing_is_added_to_is_answered():
+    assert "`seconds` of a request" in read("it should last 5 seconds", ["video"])[0].message
+
+
 def test_a_picture_has_no_length():
     (question,) = read("make it longer", ["image"])
     assert question.kind == "ask" and "A picture has no length" in question.message

@@ -11,7 +11,7 @@ from omnivideo.contracts import Manifest
 from omnivideo.media.artifacts import encode_clip
 from omnivideo.media.read import read_media
 from tests.support.continuations import declare_everywhere, declare_tasks, make_frames
-from tests.support.openai_service import make_client, make_png, refer_to_video, run_service
+from tests.support.openai_service import make_client, make_png, refer_to_video, run_service, wait_until
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
 STEP = {"num_inference_steps": 1}
@@ -68,6 +68,8 @@ def test_a_clip_begins_with_one_picture_and_ends_with_another(http, context, way
         response = http.post("/v1/videos", json=fields | pictures)
     job = get_job(context, response.json()["id"])
     assert (job.task, job.last_frame.medium) == ("keyframes-to-video", "image")
+    wait_until(lambda: context.jobs.get_status(job.id).state == "done")
+    assert job.last_frame.key in context.jobs.collect_referenced_keys(3600) or way == "json"
 
 
 @pytest.mark.parametrize(("fields", "param", "message"), [

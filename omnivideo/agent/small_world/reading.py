@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from omnivideo.agent import english_rules, media_words
-from omnivideo.agent.commands import find_command
+from omnivideo.agent.commands import NUMBERS, find_command
 from omnivideo.agent.small_world import replies, talk
 from omnivideo.agent.small_world.change_requests import (
     build_scene_of_count,
@@ -41,6 +41,12 @@ DURATION = re.compile(
     r"\b(?:\d+(?:\.\d+)?[ -]?s\b|(?:\d+(?:\.\d+)?[ -]?|(?:one|two|three|four|five|six|eight|ten|twenty|thirty)[ -]"
     r"|half an? )(?:secs?|seconds?|mins?|minutes?|hours?|frames?)\b|an? (?:minute|hour)\b)(?! ago\b)"
 )
+SECOND_NUMBERS = NUMBERS | {"nine": 9, "ten": 10}
+ADDED_SECONDS = re.compile(
+    rf"\b(\d+(?:\.\d+)?|{'|'.join(sorted(SECOND_NUMBERS, key=len, reverse=True))})"
+    r"[ -](?:more |extra |other )?(?:seconds?|secs?|s)\b"
+)
+ADDING = re.compile(r"\b(?:longer|add|extend|another|more|extra|continue|prolong|lengthen|by)\b")
 CORNERS = re.compile(r"\b(?:with|has|having) (?:only |exactly )?(no|one|two|three|four|five|six) corners\b")
 
 
@@ -134,6 +140,8 @@ def read_request(text: str, normalized: str, tokens: Sequence[Token], context: C
     tasks = [token.get("task") or "" for token in (*tokens, *named_tokens) if token.has("task")]
     if tasks and context.medium:
         return [read_task(text, tasks[0], context)]
+    if (timed := read_timed_extension(normalized, tokens, reference, context)) is not None:
+        return [timed]
     if DURATION.search(normalized):
         return [Reading("decline", text, message=replies.DURATION_ANSWER)]
     tokens = named_tokens
@@ -170,6 +178,18 @@ def read_request(text: str, normalized: str, tokens: Sequence[Token], context: C
     readings = read_changes(text, normalized, changes, reference, context)
     targets = tuple(change.target for change in changes)
     return [replace(reading, targets=targets, removed=tuple(edit.removed)) for reading in readings]
+
+
+def read_timed_extension(normalized: str, tokens: Sequence[Token], reference: str, context: Context) -> Reading | None:
+    """Return the reading of "make it two seconds longer"; None for other requests, and where it is not possible."""
+    seconds = ADDED_SECONDS.search(normalized)
+    if seconds is None or not ADDING.search(normalized) or context.medium != "video":
+        return None
+    if "video-extension" not in context.preset.sampling or has_world_words(tokens):
+        return None
+    number = float(SECOND_NUMBERS.get(seconds[1]) or seconds[1])
+    extension = build_task_reading(replies.EXTENSION_REQUEST, "video-extension", reference)
+    return replace(extension, seconds=number)
 
 
 def find_ordinal(text: str, tokens: Sequence[Token], context: Context) -> tuple[str, Sequence[Token]]:
