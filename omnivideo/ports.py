@@ -109,6 +109,12 @@ class ExtractFrame(Protocol):
     def __call__(self, clip: Artifact, position: FramePosition, created_by: str, /) -> Artifact: ...
 
 
+class JoinClips(Protocol):
+    """Makes one clip of several, at the size and rate of the first. Raises InvalidInput if it would be too long."""
+
+    def __call__(self, clips: Sequence[Artifact], created_by: str, /) -> Artifact: ...
+
+
 class TextLimits(Protocol):
     """The bounds of the models for the texts of requests. Each method raises InvalidInput with both numbers."""
 

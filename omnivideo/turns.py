@@ -11,6 +11,7 @@ Think = Literal["off", "on", "auto"]
 MAX_BACKGROUND_CHARS = 24_000
 Goal = Literal["understand", "generate", "edit", "decline", "command"]
 CommandName = Literal["undo", "restart", "help", "recap", "resend", "vary", "save", "list", "cancel", "export"]
+ActionDetail = Literal["task", "last_frame", "seconds", "joined"]
 CommandArgument = Literal["which", "count", "format", "file"]
 
 
@@ -24,10 +25,17 @@ class ThinkTrace(FrozenModel):
 
 
 class Action(FrozenModel):
-    """One request of a turn, and the key of the artifact that it refers to."""
+    """One request of a turn, and the key of the artifact that it refers to.
+
+    `details` are what its words say of a clip that begins with given frames or is made of several, if it is one: the
+    task, the seconds that are added, and the numbers of the last picture and of the clips.
+    """
 
     text: str
     source: str | None = None
+    details: dict[ActionDetail, str | int | float | list[int]] = Field(
+        default_factory=dict, exclude_if=lambda details: not details
+    )
 
 
 class Plan(FrozenModel):

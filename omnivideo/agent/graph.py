@@ -13,7 +13,7 @@ every node. The planner knows only ports, and emits events while a turn runs.
 
 from collections.abc import Iterable
 from dataclasses import asdict, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.graph import END, START, StateGraph
@@ -68,6 +68,7 @@ from omnivideo.contracts import (
 from omnivideo.presets import Task
 from omnivideo.turns import (
     Action,
+    ActionDetail,
     ActionResult,
     ArtifactReady,
     ExecutedCommand,
@@ -95,6 +96,7 @@ NODES = (
     "check",
     "answer",
 )
+ACTION_DETAILS: tuple[ActionDetail, ...] = get_args(ActionDetail)
 MIN_ROUTE_PROBABILITY = 0.5  # below this probability, the user is asked
 NOTHING_TO_EDIT_QUESTION = "There is nothing to change yet. What should I create?"
 ROUTE_QUESTION = "I am not sure what you would like: a picture, a clip, or an answer in words?"
@@ -216,7 +218,9 @@ class Planner(RenderingNodes):
             source = ask_which_artifact(question, artifacts, state["descriptions"], clarifications)
         elif question:
             text = ask_user(question, clarifications)  # the reply replaces the request
-        action = Action(text=text, source=None if source is None else source.key)
+        planned = get_details(state)
+        details = {name: planned[name] for name in ACTION_DETAILS if name in planned}
+        action = Action(text=text, source=None if source is None else source.key, details=details)
         updates = {
             "action": action.model_dump(), "trace": None, "statement": None, "candidates": [], "action_done": False,
             "message": get_planned(state, "action_messages"),
@@ -260,7 +264,8 @@ class Planner(RenderingNodes):
         options = TurnOptions.parse_stored(state["options"])
         task = self.find_task(state, route, source)
         should_think = options.think == "on" or (options.think == "auto" and self.needs_thinking(request.text, task))
-        if should_think and task and task != "keyframes-to-video":  # its MLLM sees the first picture only
+        # The MLLM sees only the first of two pictures, and is not needed for clips that are joined.
+        if should_think and task and task != "keyframes-to-video" and "joined" not in get_details(state):
             trace = self.rewrite_prompt(state, request)
             emit_event(PromptRewritten(trace=trace))
             updates["trace"] = trace.model_dump()

@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from langgraph.config import get_config, get_stream_writer
@@ -28,7 +29,7 @@ from omnivideo.contracts import (
     resolve_sampling_params,
 )
 from omnivideo.errors import InvalidInput, JobCancelled
-from omnivideo.ports import CHARACTER_LIMITS, MLLM, ExtractFrame, JobQueue, TextLimits
+from omnivideo.ports import CHARACTER_LIMITS, MLLM, ExtractFrame, JobQueue, JoinClips, TextLimits
 from omnivideo.presets import Preset, Task
 from omnivideo.turns import (
     Action,
@@ -83,7 +84,7 @@ def get_background(state: PlannerState) -> str:
 class RenderingNodes:
     """The planner's ports, and the nodes `generate`, `edit` and `check`.
 
-    `extract_frame` makes a still of a clip, and `convert_artifact` writes an artifact in another file format.
+    `extract_frame` makes a still of a clip, `join_clips` one clip of several; `convert_artifact` writes another format.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class RenderingNodes:
         max_generations: int = MAX_GENERATIONS,
         text_limits: TextLimits = CHARACTER_LIMITS,
         convert_artifact: ConvertArtifact | None = None,
+        join_clips: JoinClips | None = None,
     ):
         self.mllm = mllm
         self.queue = queue
@@ -103,6 +105,7 @@ class RenderingNodes:
         self.max_generations = max_generations
         self.text_limits = text_limits
         self.convert_artifact = convert_artifact
+        self.join_clips = join_clips
         self.prompts = load_prompts(preset)
 
     def generate(self, state: PlannerState) -> dict[str, Any]:
@@ -111,13 +114,33 @@ class RenderingNodes:
     def edit(self, state: PlannerState) -> dict[str, Any]:
         source = self.find_source(state)
         assert source is not None, "an edit has a source"
-        if self.extract_frame is None or not is_frame_request(Route.parse_stored(state["detected_route"]), source):
+        if numbers := get_details(state).get("joined"):
+            return self.show_joined_clips(state, numbers)
+        if self.extract_frame is None or not self.needs_no_model(state):
             return self.render_candidate(state, source)
         position = media_words.find_frame_position(state["action"]["text"])
         emit_action(state, "edit", state["action"]["text"], "image")
         artifact = self.extract_frame(source, position, build_job_id(state))
         emit_event(ArtifactReady(artifact=artifact))
         return {"candidates": [Candidate(seed=0, artifact=artifact).model_dump()]}
+
+    def show_joined_clips(self, state: PlannerState, numbers: Sequence[int]) -> dict[str, Any]:
+        """Make one clip of those with these numbers."""
+        if self.join_clips is None:
+            return self.answer_in_words(state, "I cannot join clips here.")
+        emit_action(state, "edit", state["action"]["text"], "video")
+        clips = [Artifact.parse_stored(state["artifacts"][number - 1]) for number in numbers]
+        try:
+            artifact = self.join_clips(clips, build_job_id(state))
+        except InvalidInput as error:
+            return self.answer_in_words(state, explain_invalid_input(error))
+        emit_event(ArtifactReady(artifact=artifact))
+        return {"candidates": [Candidate(seed=0, artifact=artifact).model_dump()]}
+
+    def needs_no_model(self, state: PlannerState) -> bool:
+        """Return whether the result is made of what there is: a frame of a clip, or several clips in one."""
+        route = Route.parse_stored(state["detected_route"])
+        return "joined" in get_details(state) or is_frame_request(route, self.find_source(state))
 
     def render_candidate(self, state: PlannerState, source: Artifact | None) -> dict[str, Any]:
         """Render the next candidate. What the model cannot render, such as a prompt that is too long, is explained."""
@@ -185,7 +208,7 @@ class RenderingNodes:
             return {}
         options = TurnOptions.parse_stored(state["options"])
         candidates = [Candidate.parse_stored(candidate) for candidate in state["candidates"]]
-        if options.check == 1 or is_frame_request(Route.parse_stored(state["detected_route"]), self.find_source(state)):
+        if options.check == 1 or self.needs_no_model(state):
             return self.select_best(state, candidates)
         statement = state["statement"] or self.build_statement(state)
         question = self.prompts.check.format(prompt=statement)

@@ -90,6 +90,19 @@ def test_a_length_that_nothing_is_added_to_is_answered():
     assert "`seconds` of a request" in read("it should last 5 seconds", ["video"])[0].message
 
 
+@pytest.mark.parametrize(("text", "joined"), [
+    ("put the two clips together", (3, 4)), ("join all the clips", (1, 3, 4)), ("merge the three clips", (1, 3, 4)),
+    ("join the first and the third clip", (1, 4)), ("put the second in front of the first", (3, 1)),
+    ("attach the second clip to the first", (1, 3)), ("stitch them into one clip", (3, 4)),
+])  # fmt: skip
+@pytest.mark.parametrize("preset", [PRESET, TINY])
+def test_clips_are_joined_by_every_preset(text, joined, preset):
+    """It takes no weights."""
+    (reading,) = read(text, ["video", "image", "video", "video"], preset)
+    assert (reading.kind, reading.goal, reading.joined, reading.reference) == ("do", "edit", joined, str(joined[0]))
+    assert read(text, ["image", "video"], preset)[0].kind == "ask"
+
+
 def test_a_picture_has_no_length():
     (question,) = read("make it longer", ["image"])
     assert question.kind == "ask" and "A picture has no length" in question.message

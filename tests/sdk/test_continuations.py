@@ -90,3 +90,9 @@ def test_a_picture_becomes_a_longer_and_longer_clip_in_a_thread(sdk):
     assert frames == [1, 9, 17, 25]
     tasks = [thread.fetch_artifact(artifact).manifest.task for artifact in thread.get_artifacts()[1:]]
     assert tasks == ["image-to-video", "video-extension", "video-extension"]
+    list(thread.send("put the two clips together", check=2))
+    list(thread.send("add two more seconds", steps=1))
+    list(thread.send("give me another variation", steps=1))
+    _, joined, longer, other = thread.get_artifacts()[-4:]
+    assert (joined.frames, longer.frames, other.frames) == (42, 58, 58) and longer.source == other.source == joined.key
+    assert longer.key != other.key and len(thread.fetch_artifact(joined).frames) == 42

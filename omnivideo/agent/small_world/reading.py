@@ -47,6 +47,7 @@ ADDED_SECONDS = re.compile(
     r"[ -](?:more |extra |other )?(?:seconds?|secs?|s)\b"
 )
 ADDING = re.compile(r"\b(?:longer|add|extend|another|more|extra|continue|prolong|lengthen|by)\b")
+ATTACHED_TO = re.compile(r"\b(?:attach|append|add|glue|put)\b.*\b(?:to|after|behind|at the end of)\b")
 CORNERS = re.compile(r"\b(?:with|has|having) (?:only |exactly )?(no|one|two|three|four|five|six) corners\b")
 
 
@@ -220,7 +221,9 @@ def build_unknown(text: str, tokens: Sequence[Token], unknown: list[str], contex
 
 
 def read_task(text: str, task: str, context: Context) -> Reading:
-    """Return the reading of a request to animate a picture, or to go from one picture to another."""
+    """Return the reading of a request to animate a picture, to go from one picture to another, or to join clips."""
+    if task == "join-clips":
+        return read_joining(text, context)
     if task not in context.preset.sampling:
         return Reading("decline", text, message=replies.build_impossible_reply(task, context.preset))
     pictures = [number for number, artifact in enumerate(context.artifacts, start=1) if artifact.medium == "image"]
@@ -233,6 +236,23 @@ def read_task(text: str, task: str, context: Context) -> Reading:
     if named not in pictures and reference != "described":
         return Reading("do", text)  # a clip moves already; its motion may change
     return build_task_reading(text, "image-to-video", reference)
+
+
+def read_joining(text: str, context: Context) -> Reading:
+    """Return the reading of a request to make one clip of several: those that are named, all, or the last two."""
+    clips = [number for number, artifact in enumerate(context.artifacts, start=1) if artifact.medium == "video"]
+    words = normalize_text(text)
+    named = [index for word in words.split() if (index := english_rules.ORDINAL_INDEX.get(word)) is not None]
+    joined = list(dict.fromkeys(clips[index] for index in named if -len(clips) <= index < len(clips)))
+    if len(joined) < 2:
+        count = len(clips) if re.search(r"\ball\b", words) else 3 if re.search(r"\bthree\b", words) else 2
+        joined = clips[-count:]
+    elif ATTACHED_TO.search(words):  # "attach the second to the first"
+        joined.reverse()
+    if len(joined) < 2:
+        return Reading("ask", text, message=replies.TWO_CLIPS_QUESTION)
+    reference, numbers = str(joined[0]), tuple(joined)
+    return Reading("do", text, goal="edit", medium="video", reference=reference, joined=numbers)
 
 
 # ---------------------------------------------------------------- something new

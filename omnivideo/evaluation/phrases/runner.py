@@ -39,9 +39,11 @@ class JudgedPhrase(EntryModel):
 def list_capabilities(preset: Preset) -> frozenset[Capability]:
     """Return what the preset declares: its tasks, and, in the synthetic world, the kinds of edits that it knows."""
     every = frozenset[Capability](get_args(Capability))
-    tasks = {
+    tasks: set[Capability] = {
         name for name in every if name in preset.sampling or (name == "image-to-video" and preset.animates_pictures)
     }
+    if preset.prompts == "keywords":  # the words are read, and no weights are needed for it
+        tasks.add("join-clips")
     if not preset.has_scorer:
         return frozenset(tasks | {name for name in every if name.startswith("edit:")}) | {
             "open-world", "other-languages",
