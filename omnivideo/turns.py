@@ -4,7 +4,17 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from omnivideo.contracts import MAX_ANSWER_TOKENS, MAX_SEED, Artifact, FrozenModel, Medium, Preview, Route, StepProgress
+from omnivideo.contracts import (
+    MAX_ANSWER_TOKENS,
+    MAX_SEED,
+    Artifact,
+    FrozenModel,
+    Medium,
+    Preview,
+    Route,
+    StepProgress,
+    build_omitted_field,
+)
 
 MAX_PROCESS_LOSSES = 3  # the number of lost processes after which a turn fails
 Think = Literal["off", "on", "auto"]
@@ -33,9 +43,7 @@ class Action(FrozenModel):
 
     text: str
     source: str | None = None
-    details: dict[ActionDetail, str | int | float | list[int]] = Field(
-        default_factory=dict, exclude_if=lambda details: not details
-    )
+    details: dict[ActionDetail, str | int | float | list[int]] | None = build_omitted_field()
 
 
 class Plan(FrozenModel):

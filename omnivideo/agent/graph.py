@@ -220,7 +220,7 @@ class Planner(RenderingNodes):
             text = ask_user(question, clarifications)  # the reply replaces the request
         planned = get_details(state)
         details = {name: planned[name] for name in ACTION_DETAILS if name in planned}
-        action = Action(text=text, source=None if source is None else source.key, details=details)
+        action = Action(text=text, source=None if source is None else source.key, details=details or None)
         updates = {
             "action": action.model_dump(), "trace": None, "statement": None, "candidates": [], "action_done": False,
             "message": get_planned(state, "action_messages"),
