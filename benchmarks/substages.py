@@ -17,7 +17,7 @@ import torch
 
 from omnivideo.contracts import TASKS
 from omnivideo.models.omni import OmniVideoModel
-from omnivideo.presets import Task
+from omnivideo.presets import StandardTask as Task
 from omnivideo.synthetic.requests import sample_requests
 from omnivideo.training.config import TrainingConfig
 from omnivideo.training.data.batch import CachedTask, FlowBatch, collate_flow_batch
@@ -75,7 +75,11 @@ def join_curves(curves: Iterator[Curve], name: str) -> Curve:
 
 
 def train_in_substages(
-    tiny: TinyPipeline, steps: list[int], out: Path, data: dict[str, CachedTask], held_out: dict[Task, FlowBatch]
+    tiny: TinyPipeline,
+    steps: list[int],
+    out: Path,
+    data: dict[str, CachedTask],
+    held_out: dict[Task, FlowBatch],
 ) -> Iterator[Curve]:
     omni = tiny.load_omni("stage2a")
     first = flow_stages.build_stage2b_generation_recipe(omni, data, steps[0])
@@ -85,7 +89,11 @@ def train_in_substages(
 
 
 def train_at_once(
-    tiny: TinyPipeline, steps: list[int], out: Path, data: dict[str, CachedTask], held_out: dict[Task, FlowBatch]
+    tiny: TinyPipeline,
+    steps: list[int],
+    out: Path,
+    data: dict[str, CachedTask],
+    held_out: dict[Task, FlowBatch],
 ) -> Iterator[Curve]:
     omni = tiny.load_omni("stage2a")
     recipe = flow_stages.build_stage2b_recipe(omni, data, sum(steps))

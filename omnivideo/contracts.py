@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic.fields import FieldInfo
 
 from omnivideo.errors import InvalidInput, TextTooLong
-from omnivideo.presets import Preset, Task, get_sampling_defaults, shapes
+from omnivideo.presets import Preset, StandardTask, Task, get_sampling_defaults, shapes
 from omnivideo.validation import check_characters, check_texts, describe_errors
 
 MAX_SEED = 2**63 - 1
@@ -60,7 +60,9 @@ class SamplingParams(FrozenModel):
     """The complete settings of one clip. Sizes are in px; the seed determines every byte of the result.
 
     `width`, `height` and `frames` are what is generated; `delivery` is what the file has, if that is something else.
-    `seconds` is the requested time that the frame rate was chosen to fill, if it was.
+    `seconds` is the requested time that the frame rate was chosen to fill, if it was. A continuation has
+    `given_frames`, the first ones of its `frames`; an extension adds `new_frames` to its source, in as many passes as
+    it takes.
     """
 
     task: Task
@@ -75,6 +77,13 @@ class SamplingParams(FrozenModel):
     seed: int = Field(ge=0, le=MAX_SEED)
     delivery: shapes.Delivery | None = build_omitted_field()
     seconds: float | None = build_omitted_field()
+    given_frames: int = Field(default=0, ge=0, exclude_if=lambda frames: frames == 0)
+    new_frames: int | None = build_omitted_field()
+
+    @property
+    def passes(self) -> int:
+        """The number of times that the model generates `frames` frames, one after the other."""
+        return 1 if self.new_frames is None else -(-self.new_frames // (self.frames - self.given_frames))
 
     @property
     def delivered_shape(self) -> shapes.Delivery:
@@ -104,8 +113,8 @@ class Manifest(FrozenModel):
     name of an edit's source, or its object key if it was in the store; `mask` is that of its mask. `visual_tokens` and
     `source_latents` are object keys of tensors, or None if they are not stored. `settings` has the size and length that
     were generated, `delivered` those of the file. `sound` says what became of the source's sound: "kept", or why it was
-    left out. A manifest without a mask, or of a clip whose source has no sound, does not have these fields, and one of
-    version 0.2 has no precision.
+    left out. `last_frame` and `last_frame_latents` are those of the picture that a clip ends with. A manifest does not
+    have the fields of what its clip does not have, and one of version 0.2 has no precision.
     """
 
     prompt: str
@@ -122,32 +131,34 @@ class Manifest(FrozenModel):
     delivered: shapes.Delivery | None = build_omitted_field()
     mask: str | None = build_omitted_field()
     sound: str | None = build_omitted_field()
+    last_frame: str | None = build_omitted_field()
+    last_frame_latents: str | None = build_omitted_field()
 
 
 # ---------------------------------------------------------------- tasks
 
 Medium = Literal["image", "video"]
 FramePosition = Literal["first", "middle", "last"]  # of a still in its clip
-# `Task` lists the tasks that generate media; each preset has sampling defaults for all of them. Training has two more.
-TrainingTask = Literal["image-understanding", "video-understanding", Task]
-TASKS: tuple[Task, ...] = get_args(Task)
+# A preset has sampling defaults for the tasks that its weights can do; training data has the standard ones and more.
+TrainingTask = Literal["image-understanding", "video-understanding", StandardTask]
+TASKS: tuple[StandardTask, ...] = get_args(StandardTask)
 TRAINING_TASKS: tuple[TrainingTask, ...] = get_args(TrainingTask)
 
 
-def get_task_medium(task: TrainingTask) -> Medium:
+def get_task_medium(task: TrainingTask | Task) -> Medium:
     """Return the medium that a task generates, edits or answers questions about."""
-    return "video" if task in ("video-understanding", "text-to-video", "video-editing") else "image"
+    return "image" if task in ("image-understanding", "text-to-image", "image-editing") else "video"
 
 
-def is_editing_task(task: TrainingTask) -> bool:
+def is_editing_task(task: TrainingTask | Task) -> bool:
     return task in ("image-editing", "video-editing")
 
 
-def get_generation_task(medium: Medium) -> Task:
+def get_generation_task(medium: Medium) -> StandardTask:
     return "text-to-video" if medium == "video" else "text-to-image"
 
 
-def get_editing_task(medium: Medium) -> Task:
+def get_editing_task(medium: Medium) -> StandardTask:
     return "video-editing" if medium == "video" else "image-editing"
 
 
@@ -223,7 +234,8 @@ class Job(FrozenModel):
     """One clip to render. The client may choose the id; requests with the same id and content are the same job.
 
     `visual_tokens` is the object key of the vision head's tokens; if it is None, the worker predicts them. `mask` is
-    the object key of a picture of the source's size; only where its alpha is 0 may the source's pixels change.
+    the object key of a picture of the source's size; only where its alpha is 0 may the source's pixels change. A
+    continuation begins with its `source`, and with `last_frame`, a picture, it also ends with that.
     `preset` is the one that the settings were resolved for; a job of version 0.2 does not state it, and any worker may
     render it.
     """
@@ -234,6 +246,7 @@ class Job(FrozenModel):
     source: Artifact | None
     params: SamplingParams
     mask: str | None = build_omitted_field()
+    last_frame: Artifact | None = build_omitted_field()
     preset: str | None = None
 
     @property
@@ -295,26 +308,6 @@ class Claim(FrozenModel):
     traceparent: str | None = None
 
 
-JOB_SECONDS = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)  # bounds of the histograms of jobs' times
-
-
-class DurationCounts(FrozenModel):
-    """How many durations are up to each of some bounds, how many there are, and their sum in seconds."""
-
-    counts: tuple[int, ...]
-    total: int
-    sum_seconds: float
-
-
-class JobDurations(FrozenModel):
-    """How long the completed jobs of a lane have waited and were generated, and their denoising steps."""
-
-    lane: Lane
-    queued: DurationCounts
-    generated: DurationCounts
-    steps: int
-
-
 class Change(FrozenModel):
     """A change of a turn or a job. An event of a turn has its number, and its body if the body is small."""
 
@@ -332,9 +325,11 @@ def invalid_input_from_validation(
     return InvalidInput(*describe_errors(errors, given, fields))
 
 
-def get_source_length(preset: Preset, source: Artifact) -> shapes.SourceLength | None:
-    """Return the length that an edit of a source has by default, or None for the task's default length."""
-    if source.medium == "video" and source.manifest is not None:  # generated here
+def get_source_length(preset: Preset, task: Task, source: Artifact | None) -> shapes.SourceLength | None:
+    """Return the length of a source that decides that of the result, or None for the task's default length."""
+    if source is None:
+        return None
+    if source.medium == "video" and (source.manifest is not None or task == "video-extension"):  # generated here
         return shapes.SourceLength(source.frames, source.fps)
     return shapes.get_file_length(preset, source.frames, None if source.medium == "image" else source.fps)
 
@@ -346,7 +341,8 @@ def resolve_sampling_params(
 
     A request's settings are resolved here, once, when it becomes a job. The overrides `width`, `height`, `frames`,
     `fps` and `seconds` are what is to be delivered; the model's own size and length follow from them. `source` is the
-    length of an edit's clip. Raises an InvalidInput that names the field and the allowed range.
+    length of an edit's clip, or of the clip that is extended: its frames and seconds are then those that are added.
+    Raises an InvalidInput that names the field and the allowed range.
     """
     defaults = get_sampling_defaults(preset, task)
     given = {name: value for name, value in overrides.items() if value is not None}
@@ -378,7 +374,7 @@ def check_sampling_params(preset: Preset, params: SamplingParams) -> None:
         raise InvalidInput("frames", f"{params.frames} does not fit {params.task}: an image has 1, a video 5 or more")
     if params.negative_prompt and preset.null.kind == "context-file":
         raise InvalidInput("negative_prompt", f"{preset.name} has a null condition of its own; leave this out")
-    check_model_limits(preset, params.width, params.height, params.frames, is_editing_task(params.task))
+    check_model_limits(preset, params.width, params.height, params.frames, count_source_tokens(preset, params))
 
 
 def check_prompt(field: str, text: str) -> str:
@@ -422,6 +418,15 @@ def count_visual_context_tokens(preset: Preset, grid: tuple[int, int, int]) -> i
     return grid[0] * (grid[1] // kernel) * (grid[2] // kernel)
 
 
+def count_source_tokens(preset: Preset, params: SamplingParams) -> int:
+    """Return the number of the visual context's tokens: of an edit's source, or of the frames that are given."""
+    frames = params.frames if is_editing_task(params.task) else params.given_frames
+    if not frames:
+        return 0
+    t, h, w = compute_latent_grid(params.width, params.height, frames)
+    return count_visual_context_tokens(preset, (t + (params.task == "keyframes-to-video"), h, w))
+
+
 def count_visual_tokens(preset: Preset, frames: int) -> int:
     """Return the number of the adapter's tokens for a clip, or for an image, which has one visual token."""
     if preset.adapter is None or preset.vision_head is None:
@@ -429,18 +434,17 @@ def count_visual_tokens(preset: Preset, frames: int) -> int:
     return preset.adapter.num_queries * (preset.vision_head.num_queries if frames > 1 else 1)
 
 
-def check_model_limits(preset: Preset, width: int, height: int, frames: int, has_source: bool) -> None:
-    """Raise InvalidInput if a clip has more positions, or an edit's source more tokens, than the model allows."""
+def check_model_limits(preset: Preset, width: int, height: int, frames: int, source_tokens: int) -> None:
+    """Raise InvalidInput if a clip has more positions, or its source more tokens, than the model allows."""
     grid, max_positions = compute_latent_grid(width, height, frames), preset.decoder["rope_max_seq_len"]
     sizes = (("frames", frames), ("height", height), ("width", width))
     for axis, patch, (field, size) in zip(grid, preset.decoder["patch_size"], sizes, strict=True):
         if axis // patch > max_positions:
             raise InvalidInput(field, f"{size} is more than this model's positions allow")
-    tokens = count_visual_context_tokens(preset, grid) if has_source else 0
     max_tokens = preset.condition.max_tokens
     if preset.condition.overflow == "text":  # the prompt is what would be lost
         max_tokens -= count_visual_tokens(preset, frames)
         max_tokens -= min(MIN_TEXT_TOKENS, max_tokens // 2)
-    if has_source and tokens > max_tokens:
-        text = f"an edit at this size and length has {tokens} tokens of source; allowed: {max_tokens}"
+    if source_tokens and source_tokens > max_tokens:
+        text = f"an edit at this size and length has {source_tokens} tokens of source; allowed: {max_tokens}"
         raise InvalidInput("size", text)

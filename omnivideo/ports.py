@@ -9,7 +9,6 @@ from omnivideo.contracts import (
     Change,
     FramePosition,
     Job,
-    JobDurations,
     JobStatus,
     Lane,
     Medium,
@@ -20,6 +19,7 @@ from omnivideo.contracts import (
     StepProgress,
     check_prompt,
 )
+from omnivideo.records import JobDurations
 from omnivideo.turns import ThreadRecord, TurnEvents, TurnRecord
 
 Latents = TypeVar("Latents")
@@ -107,6 +107,12 @@ class ExtractFrame(Protocol):
     """Makes a still of a clip."""
 
     def __call__(self, clip: Artifact, position: FramePosition, created_by: str, /) -> Artifact: ...
+
+
+class JoinClips(Protocol):
+    """Makes one clip of several, at the size and rate of the first. Raises InvalidInput if it would be too long."""
+
+    def __call__(self, clips: Sequence[Artifact], created_by: str, /) -> Artifact: ...
 
 
 class TextLimits(Protocol):

@@ -1,9 +1,9 @@
-"""What the service stores, as frozen records: users' files, batches and webhooks, keys and their use, and workers."""
+"""What the service stores, as frozen records: files, batches, webhooks, keys and their use, workers, times of jobs."""
 
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from omnivideo.contracts import FrozenModel
+from omnivideo.contracts import FrozenModel, Lane
 from omnivideo.errors import SECONDS_PER_DAY
 
 Scope = Literal["read", "generate", "administer"]
@@ -143,3 +143,23 @@ class UsageRecord(FrozenModel):
     def date(self) -> str:
         """The day as YYYY-MM-DD."""
         return datetime.fromtimestamp(self.day * SECONDS_PER_DAY, UTC).date().isoformat()
+
+
+JOB_SECONDS = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)  # bounds of the histograms of jobs' times
+
+
+class DurationCounts(FrozenModel):
+    """How many durations are up to each of some bounds, how many there are, and their sum in seconds."""
+
+    counts: tuple[int, ...]
+    total: int
+    sum_seconds: float
+
+
+class JobDurations(FrozenModel):
+    """How long the completed jobs of a lane have waited and were generated, and their denoising steps."""
+
+    lane: Lane
+    queued: DurationCounts
+    generated: DurationCounts
+    steps: int

@@ -5,13 +5,24 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from omnivideo.contracts import MAX_ANSWER_TOKENS, MAX_SEED, Artifact, FrozenModel, Medium, Preview, Route, StepProgress
+from omnivideo.contracts import (
+    MAX_ANSWER_TOKENS,
+    MAX_SEED,
+    Artifact,
+    FrozenModel,
+    Medium,
+    Preview,
+    Route,
+    StepProgress,
+    build_omitted_field,
+)
 
 MAX_PROCESS_LOSSES = 3  # the number of lost processes after which a turn fails
 Think = Literal["off", "on", "auto"]
 MAX_BACKGROUND_CHARS = 24_000
 Goal = Literal["understand", "generate", "edit", "decline", "command"]
 CommandName = Literal["undo", "restart", "help", "recap", "resend", "vary", "save", "list", "cancel", "export"]
+ActionDetail = Literal["task", "last_frame", "seconds", "joined"]
 CommandArgument = Literal["which", "count", "format", "file"]
 
 
@@ -25,10 +36,15 @@ class ThinkTrace(FrozenModel):
 
 
 class Action(FrozenModel):
-    """One request of a turn, and the key of the artifact that it refers to."""
+    """One request of a turn, and the key of the artifact that it refers to.
+
+    `details` are what its words say of a clip that begins with given frames or is made of several, if it is one: the
+    task, the seconds that are added, and the numbers of the last picture and of the clips.
+    """
 
     text: str
     source: str | None = None
+    details: dict[ActionDetail, str | int | float | list[int]] | None = build_omitted_field()
 
 
 class Plan(FrozenModel):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from omnivideo.agent.conversations import LOCAL_OWNER, Conversations, OpenQueue
 from omnivideo.contracts import Artifact, Lane
 from omnivideo.errors import InvalidInput
-from omnivideo.media.artifacts import convert_artifact, extract_frame, store_user_file
+from omnivideo.media.artifacts import convert_artifact, extract_frame, join_clips, store_user_file
 from omnivideo.ports import MLLM, JobQueue, ObjectStore, SweepableObjectStore, TextLimits
 from omnivideo.presets import get_preset
 from omnivideo.records import KeyLimits
@@ -67,6 +67,7 @@ def build_local_conversations(
         text_limits=text_limits,
         replay_manifest=renderer.replay_manifest,
         convert_artifact=partial(convert_artifact, store),
+        join_clips=partial(join_clips, store),
     )
 
 
@@ -306,6 +307,7 @@ class ServiceWiring:
             self.settings.max_generations_per_turn,
             self.text_limits,
             convert_artifact=partial(convert_artifact, self.store),
+            join_clips=partial(join_clips, self.store),
         )
         self.close_callbacks.append(conversations.close)
         return conversations

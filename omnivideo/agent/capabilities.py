@@ -2,27 +2,37 @@
 
 from omnivideo.contracts import Artifact, Medium, Route, get_editing_task, get_generation_task
 from omnivideo.errors import InvalidInput, TextTooLong, UnreadableMedia
-from omnivideo.presets import Preset, Task
+from omnivideo.presets import ContinuationTask, Preset, Task, get_animation_task
 
 TASK_PHRASES: dict[Task, str] = {
     "text-to-image": "make pictures",
     "text-to-video": "make clips",
     "image-editing": "change pictures",
     "video-editing": "change clips",
+    "image-to-video": "animate pictures",
+    "video-extension": "make clips longer",
+    "keyframes-to-video": "make a clip from one picture to another",
 }
 
 
-def get_task(route: Route, source: Artifact | None) -> Task | None:
+def get_task(
+    preset: Preset, route: Route, source: Artifact | None, requested: ContinuationTask | None = None
+) -> Task | None:
     """Return the task of a routed request, or None if nothing is to be rendered.
 
-    The route's kind is the medium of the result. A clip of a picture is an edit whose source is a still; a picture of
-    a clip is one of the clip's frames, which needs no model.
+    The route's kind is the medium of the result. A clip of a picture begins with it, or is an edit of a still if the
+    preset has only that; a picture of a clip is one of the clip's frames, which needs no model. `requested` is what the
+    words ask for, if it is more than the route says.
     """
     if route.kind not in ("image", "video") or is_frame_request(route, source):
         return None
-    if source is not None:
-        return get_editing_task("video" if route.kind == "video" else "image")
-    return get_generation_task("image" if route.kind == "image" else "video")
+    if source is None:
+        return get_generation_task("image" if route.kind == "image" else "video")
+    if requested == "video-extension" and source.medium == "video":
+        return "video-extension"
+    if is_animation_request(route, source):
+        return "keyframes-to-video" if requested == "keyframes-to-video" else get_animation_task(preset)
+    return get_editing_task("video" if route.kind == "video" else "image")
 
 
 def is_frame_request(route: Route, source: Artifact | None) -> bool:
@@ -37,13 +47,12 @@ def is_animation_request(route: Route, source: Artifact | None) -> bool:
 
 def build_refusal(preset: Preset, route: Route, source: Artifact | None) -> str | None:
     """Return one sentence for a request that the preset's weights cannot do, or None if they can."""
-    task = get_task(route, source)
-    if task is None:
+    task = get_task(preset, route, source)
+    if task is None or task in preset.sampling:
         return None
     possible = " and ".join(TASK_PHRASES[name] for name in preset.sampling)
-    if is_animation_request(route, source) and not preset.animates_pictures:
-        return f"This model cannot set a picture in motion; it can {possible}."
-    return None if task in preset.sampling else f"This model cannot {TASK_PHRASES[task]}; it can {possible}."
+    impossible = "set a picture in motion" if task == "image-to-video" else TASK_PHRASES[task]
+    return f"This model cannot {impossible}; it can {possible}."
 
 
 def reconcile_route(preset: Preset, planned_goal: str, route: Route, source: Artifact | None) -> Route:

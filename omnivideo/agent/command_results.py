@@ -157,7 +157,10 @@ def plan_variations(state: PlannerState, artifact: Artifact | None, count: int, 
     """Return the actions that make an artifact again with other seeds, to be inserted after the current action."""
     assert artifact is not None
     made = find_result(state, artifact)
-    if made is None:
+    details = dict[str, Any]()
+    if made is not None and made.action.details:
+        details.update(made.action.details.items())
+    if made is None or "joined" in details:
         return CommandOutcome("I can vary only what I have made myself.", is_refused=True)
     if not 1 <= count <= max_variations:
         return CommandOutcome(f"I can make 1 to {max_variations} variations at once.", is_refused=True)
@@ -165,7 +168,7 @@ def plan_variations(state: PlannerState, artifact: Artifact | None, count: int, 
     reference = str(keys.index(made.action.source) + 1) if made.action.source in keys else "new"
     text = made.trace.rewrite if made.trace else made.action.text
     actions = [
-        PlannedAction(text, reference, made.goal, details={"medium": artifact.medium, "seed_offset": number})
+        PlannedAction(text, reference, made.goal, details={**details, "medium": artifact.medium, "seed_offset": number})
         for number in range(1, count + 1)
     ]
     plural = "s" if count > 1 else ""

@@ -16,7 +16,7 @@ from omnivideo.agent.rendering import MAX_GENERATIONS
 from omnivideo.agent.thread import AttachFile, Thread, ThreadIndex
 from omnivideo.contracts import Artifact, Lane, Manifest
 from omnivideo.errors import ArtifactNotFound
-from omnivideo.ports import CHARACTER_LIMITS, MLLM, ExtractFrame, JobQueue, SweepableObjectStore, TextLimits
+from omnivideo.ports import CHARACTER_LIMITS, MLLM, ExtractFrame, JobQueue, JoinClips, SweepableObjectStore, TextLimits
 from omnivideo.presets import Preset
 
 ARTIFACT_KEYS = ("key", "manifest", "latents", "preview")  # the fields of an artifact that name objects of the store
@@ -37,7 +37,7 @@ class Conversations:
     `attach_file` stores a user's file. `extract_frame` makes a still of a clip. A turn that would generate more than
     `max_generations` is asked about. `replay_manifest` renders a manifest's clip again and returns its object key; it
     is None if the decoder is in another process.
-    `convert_artifact` writes an artifact in another file format, such as gif.
+    `convert_artifact` writes an artifact in another file format, such as gif. `join_clips` makes one clip of several.
     """
 
     mllm: MLLM
@@ -51,6 +51,7 @@ class Conversations:
     text_limits: TextLimits = CHARACTER_LIMITS
     replay_manifest: Callable[[Manifest], str] | None = None
     convert_artifact: ConvertArtifact | None = None
+    join_clips: JoinClips | None = None
 
     def __post_init__(self) -> None:
         self.get_graph = lru_cache(maxsize=256)(self.build_graph)
@@ -65,6 +66,7 @@ class Conversations:
             self.max_generations,
             text_limits=self.text_limits,
             convert_artifact=self.convert_artifact,
+            join_clips=self.join_clips,
         )
         return planner.build_graph(self.checkpointer)
 

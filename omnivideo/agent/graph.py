@@ -13,7 +13,7 @@ every node. The planner knows only ports, and emits events while a turn runs.
 
 from collections.abc import Iterable
 from dataclasses import asdict, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.graph import END, START, StateGraph
@@ -24,7 +24,6 @@ from omnivideo.agent.answer_text import end_at_stop, remove_reasoning, separate_
 from omnivideo.agent.capabilities import (
     build_refusal,
     choose_result_medium,
-    get_task,
     is_frame_request,
     reconcile_route,
 )
@@ -72,8 +71,10 @@ from omnivideo.contracts import (
     Route,
     TextSampling,
 )
+from omnivideo.presets import Task
 from omnivideo.turns import (
     Action,
+    ActionDetail,
     ActionResult,
     ArtifactReady,
     ExecutedCommand,
@@ -101,6 +102,7 @@ NODES = (
     "check",
     "answer",
 )
+ACTION_DETAILS: tuple[ActionDetail, ...] = get_args(ActionDetail)
 MIN_ROUTE_PROBABILITY = 0.5  # below this probability, the user is asked
 NOTHING_TO_EDIT_QUESTION = "There is nothing to change yet. What should I create?"
 ROUTE_QUESTION = "I am not sure what you would like: a picture, a clip, or an answer in words?"
@@ -222,7 +224,9 @@ class Planner(RenderingNodes):
             source = ask_which_artifact(question, artifacts, state["descriptions"], clarifications)
         elif question:
             text = ask_user(question, clarifications)  # the reply replaces the request
-        action = Action(text=text, source=None if source is None else source.key)
+        planned = get_details(state)
+        details = {name: planned[name] for name in ACTION_DETAILS if name in planned}
+        action = Action(text=text, source=None if source is None else source.key, details=details or None)
         updates = {
             "action": action.model_dump(), "trace": None, "statement": None, "candidates": [], "action_done": False,
             "message": get_planned(state, "action_messages"),
@@ -264,8 +268,10 @@ class Planner(RenderingNodes):
         if message := self.write_message(request, route, source):
             return updates | {"message": message}
         options = TurnOptions.parse_stored(state["options"])
-        should_think = options.think == "on" or (options.think == "auto" and self.needs_thinking(request.text))
-        if should_think and get_task(route, source):
+        task = self.find_task(state, route, source)
+        should_think = options.think == "on" or (options.think == "auto" and self.needs_thinking(request.text, task))
+        # The MLLM sees only the first of two pictures, and is not needed for clips that are joined.
+        if should_think and task and task != "keyframes-to-video" and "joined" not in get_details(state):
             trace = self.rewrite_prompt(state, request)
             emit_event(PromptRewritten(trace=trace))
             updates["trace"] = trace.model_dump()
@@ -291,8 +297,13 @@ class Planner(RenderingNodes):
             return "I cannot take a picture out of a clip here."
         return build_refusal(self.preset, route, source) or ""
 
-    def needs_thinking(self, text: str) -> bool:
-        """Return whether a request describes things instead of naming them, or is not in the MLLM's own words."""
+    def needs_thinking(self, text: str, task: Task | None) -> bool:
+        """Return whether a request describes things instead of naming them, or is not in the MLLM's own words.
+
+        "Make it longer" says nothing of what is shown, and a prompt must.
+        """
+        if task in ("image-to-video", "video-extension"):
+            return True
         has_closed_vocabulary = self.prompts.plan is None
         return english_rules.is_indirect(text) or (has_closed_vocabulary and english_rules.has_other_words(text))
 

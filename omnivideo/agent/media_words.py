@@ -1,4 +1,4 @@
-"""Rules on English text: which medium a request asks for if it is not that of its source, and which frame of a clip."""
+"""Rules on English text: whether a request asks for another medium than its source has, for more of it, or a frame."""
 
 import re
 
@@ -25,6 +25,14 @@ STILL_REQUEST = re.compile(
     r"|\b(?:give|show|save|get|extract|export|make|take|want)\b.{0,40}\b(?:first|last|final|middle) frame\b",
     re.IGNORECASE,
 )
+CLIP = rf"(?:it|this|that|(?:the|this|that|my) (?:[\w-]+ ){{0,2}}{CLIP_NOUN})"
+EXTENSION_REQUEST = re.compile(
+    rf"\b(?:extend|prolong|lengthen|continue) {CLIP}\b"
+    rf"|\b(?:make|let) {CLIP} (?:a bit |a little |much )?(?:longer|go on|continue)\b"
+    r"|^\W*(?:please )?(?:continue|keep going|go on)\b|^\W*(?:a bit |much )?longer(?: please)?\W*$"
+    r"|\bwhat happens (?:next|then|after that)\b",
+    re.IGNORECASE,
+)
 FRAME_POSITIONS: dict[FramePosition, re.Pattern[str]] = {
     "first": re.compile(r"\b(?:first|start|beginning|opening)\b", re.IGNORECASE),
     "middle": re.compile(r"\b(?:middle|half(?:way)?|centre|center)\b", re.IGNORECASE),
@@ -41,6 +49,11 @@ def find_requested_medium(text: str, source_medium: Medium) -> Medium | None:
 def is_medium_request(text: str) -> bool:
     """Return whether a request asks for an existing artifact in the other medium."""
     return bool(MOTION_REQUEST.search(text) or STILL_REQUEST.search(text))
+
+
+def is_extension_request(text: str) -> bool:
+    """Return whether words ask for more of a clip."""
+    return EXTENSION_REQUEST.search(text) is not None
 
 
 def find_frame_position(text: str) -> FramePosition:

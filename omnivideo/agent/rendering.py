@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from langgraph.config import get_config, get_stream_writer
@@ -29,8 +30,8 @@ from omnivideo.contracts import (
     resolve_sampling_params,
 )
 from omnivideo.errors import InvalidInput, JobCancelled
-from omnivideo.ports import CHARACTER_LIMITS, MLLM, ExtractFrame, JobQueue, TextLimits
-from omnivideo.presets import Preset
+from omnivideo.ports import CHARACTER_LIMITS, MLLM, ExtractFrame, JobQueue, JoinClips, TextLimits
+from omnivideo.presets import Preset, Task
 from omnivideo.turns import (
     Action,
     ActionResult,
@@ -84,7 +85,7 @@ def get_background(state: PlannerState) -> str:
 class RenderingNodes:
     """The planner's ports, and the nodes `generate`, `edit` and `check`.
 
-    `extract_frame` makes a still of a clip, and `convert_artifact` writes an artifact in another file format.
+    `extract_frame` makes a still of a clip, `join_clips` one clip of several; `convert_artifact` writes another format.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class RenderingNodes:
         max_generations: int = MAX_GENERATIONS,
         text_limits: TextLimits = CHARACTER_LIMITS,
         convert_artifact: ConvertArtifact | None = None,
+        join_clips: JoinClips | None = None,
     ):
         self.mllm = mllm
         self.queue = queue
@@ -104,6 +106,7 @@ class RenderingNodes:
         self.max_generations = max_generations
         self.text_limits = text_limits
         self.convert_artifact = convert_artifact
+        self.join_clips = join_clips
         self.prompts = load_prompts(preset)
 
     def generate(self, state: PlannerState) -> dict[str, Any]:
@@ -112,13 +115,33 @@ class RenderingNodes:
     def edit(self, state: PlannerState) -> dict[str, Any]:
         source = self.find_source(state)
         assert source is not None, "an edit has a source"
-        if self.extract_frame is None or not is_frame_request(Route.parse_stored(state["detected_route"]), source):
+        if numbers := get_details(state).get("joined"):
+            return self.show_joined_clips(state, numbers)
+        if self.extract_frame is None or not self.needs_no_model(state):
             return self.render_candidate(state, source)
         position = media_words.find_frame_position(state["action"]["text"])
         emit_action(state, "edit", state["action"]["text"], "image")
         artifact = self.extract_frame(source, position, build_job_id(state))
         emit_event(ArtifactReady(artifact=artifact))
         return {"candidates": [Candidate(seed=0, artifact=artifact).model_dump()]}
+
+    def show_joined_clips(self, state: PlannerState, numbers: Sequence[int]) -> dict[str, Any]:
+        """Make one clip of those with these numbers."""
+        if self.join_clips is None:
+            return self.answer_in_words(state, "I cannot join clips here.")
+        emit_action(state, "edit", state["action"]["text"], "video")
+        clips = [Artifact.parse_stored(state["artifacts"][number - 1]) for number in numbers]
+        try:
+            artifact = self.join_clips(clips, build_job_id(state))
+        except InvalidInput as error:
+            return self.answer_in_words(state, explain_invalid_input(error))
+        emit_event(ArtifactReady(artifact=artifact))
+        return {"candidates": [Candidate(seed=0, artifact=artifact).model_dump()]}
+
+    def needs_no_model(self, state: PlannerState) -> bool:
+        """Return whether the result is made of what there is: a frame of a clip, or several clips in one."""
+        route = Route.parse_stored(state["detected_route"])
+        return "joined" in get_details(state) or is_frame_request(route, self.find_source(state))
 
     def render_candidate(self, state: PlannerState, source: Artifact | None) -> dict[str, Any]:
         """Render the next candidate. What the model cannot render, such as a prompt that is too long, is explained."""
@@ -131,12 +154,13 @@ class RenderingNodes:
     def render_artifact(self, state: PlannerState, source: Artifact | None) -> tuple[Artifact, int]:
         """Predict the prompt's visual tokens, then run a job with the next seed. Return the artifact and the seed."""
         options, attempt = TurnOptions.parse_stored(state["options"]), len(state["candidates"])
-        task = get_task(Route.parse_stored(state["detected_route"]), source)
+        task = self.find_task(state, Route.parse_stored(state["detected_route"]), source)
         assert task is not None, "the route is one of pixels"
         params = resolve_sampling_params(
             self.preset,
             task,
-            None if source is None else get_source_length(self.preset, source),
+            get_source_length(self.preset, task, source),
+            **self.choose_shape(state, task, source),
             steps=options.steps,
             guidance_scale=options.guidance_scale,
             seed=(self.choose_seed(state) + attempt + get_details(state).get("seed_offset", 0)) % (MAX_SEED + 1),
@@ -151,9 +175,16 @@ class RenderingNodes:
             ),
             source=source,
             params=params,
+            last_frame=self.find_last_frame(state) if task == "keyframes-to-video" else None,
             preset=self.preset.name,
         )
         return self.follow_job(job, final=options.check == 1), job.seed
+
+    def choose_shape(self, state: PlannerState, task: Task, source: Artifact | None) -> dict[str, float | None]:
+        """Return the size of a clip that is extended, and the seconds that are added; others have the default shape."""
+        if source is None or task != "video-extension":
+            return {}
+        return {"width": source.width, "height": source.height, "seconds": get_details(state).get("seconds")}
 
     def choose_seed(self, state: PlannerState) -> int:
         """Return the turn's seed, or one of this action."""
@@ -178,7 +209,7 @@ class RenderingNodes:
             return {}
         options = TurnOptions.parse_stored(state["options"])
         candidates = [Candidate.parse_stored(candidate) for candidate in state["candidates"]]
-        if options.check == 1 or is_frame_request(Route.parse_stored(state["detected_route"]), self.find_source(state)):
+        if options.check == 1 or self.needs_no_model(state):
             return self.select_best(state, candidates)
         statement = state["statement"] or self.build_statement(state)
         question = self.prompts.check.format(prompt=statement)
@@ -229,6 +260,18 @@ class RenderingNodes:
 
     def find_source(self, state: PlannerState) -> Artifact | None:
         return StoredArtifacts(state["artifacts"]).find_last(state["action"]["source"])
+
+    def find_task(self, state: PlannerState, route: Route, source: Artifact | None) -> Task | None:
+        """Return the task of the current action: as its words were read, or as an MLLM that plans leaves them."""
+        requested = get_details(state).get("task")
+        if self.prompts.plan and "video-extension" in self.preset.sampling:
+            text = state["action"]["text"]
+            requested = "video-extension" if media_words.is_extension_request(text) else requested
+        return get_task(self.preset, route, source, requested)
+
+    def find_last_frame(self, state: PlannerState) -> Artifact:
+        """Return the picture that the clip of the current action ends with."""
+        return Artifact.parse_stored(state["artifacts"][get_details(state)["last_frame"] - 1])
 
     def build_request(self, state: PlannerState) -> MLLMRequest:
         source = self.find_source(state)

@@ -2,7 +2,9 @@
 
 `action_texts`, `action_references`, `action_goals`, `action_messages` and `action_details` are lists with an entry for
 each action. A detail is a dictionary: the `medium` of the result if it is certain, a `command`, a `fact` that is asked
-for, and a `seed_offset` of a variation.
+for, a `seed_offset` of a variation, and the `task` of a clip that begins with given frames, with the number of the
+picture that is its `last_frame`, or the `seconds` that are added. `joined` are
+the numbers of clips that become one.
 """
 
 import re
@@ -172,6 +174,14 @@ def action_from_reading(reading: Reading) -> PlannedAction:
         return PlannedAction(reading.text, reading.reference, goal, "", details | {"say": reading.message})
     if reading.fact is not None:
         details["fact"] = reading.fact
+    if reading.task is not None:
+        details["task"] = reading.task
+    if reading.last_frame:
+        details["last_frame"] = reading.last_frame
+    if reading.joined:
+        details["joined"] = list(reading.joined)
+    if reading.seconds:
+        details["seconds"] = reading.seconds
     return PlannedAction(reading.text, reading.reference, goal, reading.message, details)
 
 

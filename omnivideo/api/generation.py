@@ -13,6 +13,7 @@ from omnivideo.api.generation_requests import (
     ImageEditRequest,
     ImageRequest,
     VideoEditRequest,
+    VideoExtensionRequest,
     VideoRequest,
 )
 from omnivideo.api.media import EXPIRED_MESSAGE, MediaReference, has_expired, resolve_source
@@ -30,7 +31,7 @@ from omnivideo.contracts import (
 )
 from omnivideo.errors import InvalidInput
 from omnivideo.media.masks import read_mask
-from omnivideo.presets import Preset, Task, get_preset
+from omnivideo.presets import Preset, Task, get_animation_task, get_preset, get_sampling_defaults
 from omnivideo.presets.shapes import SourceLength
 
 SIZE_PATTERN = re.compile(r"(\d{1,5})x(\d{1,5})")
@@ -51,17 +52,50 @@ class JobRequest:
 
 
 def build_video_job(context: ServiceContext, owner: str, request: VideoRequest, job_id: str) -> JobRequest:
-    """Build the job of a clip; with an `input_reference`, it edits the reference as the prompt says.
-
-    The model has no first-frame mode: an image is edited as a still clip, which the prompt may set in motion.
-    """
+    """Build the job of a clip; with an `input_reference`, it begins with the picture, or edits the reference."""
     check_texts(context, request)
-    source, field = None, ""
+    source, field, last_frame = None, "", None
     if (named_reference := request.get_reference()) is not None:
         field, reference = named_reference
         source = resolve_source(context, owner, reference, field)
-    task = get_generation_task("video") if source is None else get_editing_task("video")
-    return build_clip_job(context, request, task, job_id, source, field)
+    task = choose_video_task(require_served_preset(context, request.model), request, source)
+    if request.last_image is not None:
+        last_frame = resolve_source(context, owner, request.last_image, "last_image")
+        if last_frame.medium != "image":
+            raise InvalidInput("last_image", "it is a clip; send a picture")
+    return build_clip_job(context, request, task, job_id, source, field, last_frame)
+
+
+def choose_video_task(preset: Preset, request: VideoRequest, source: Artifact | None) -> Task:
+    """Return the task of a request with or without a reference. Raises InvalidInput for fields that do not fit it."""
+    if request.last_image is not None:
+        get_sampling_defaults(preset, "keyframes-to-video", "last_image")
+        if source is None or source.medium != "image" or request.task == "video-editing":
+            raise InvalidInput("last_image", "a clip that ends with it begins with a picture; send an input_reference")
+        return "keyframes-to-video"
+    if source is None or source.medium == "video":
+        if request.task == "image-to-video":
+            raise InvalidInput("task", "there is no picture to animate; send one as input_reference")
+        return get_generation_task("video") if source is None else get_editing_task("video")
+    if request.task == "image-to-video":
+        return get_animation_task(preset)
+    return "image-to-video" if request.task is None and "image-to-video" in preset.sampling else "video-editing"
+
+
+def build_video_extension_job(
+    context: ServiceContext, owner: str, request: VideoExtensionRequest, job_id: str
+) -> JobRequest:
+    """Build the job that continues `video`, whose size and frame rate it keeps."""
+    check_texts(context, request)
+    source = resolve_source(context, owner, request.video, "video")
+    if source.medium != "video":
+        raise InvalidInput("video", "it is a picture; send it to /v1/videos as input_reference")
+    width, height = source.width - source.width % 2, source.height - source.height % 2
+    if resolve_size(request) not in ((None, None), (width, height)):
+        field = "size" if request.width is None and request.height is None else "width"
+        raise InvalidInput(field, f"an extended clip keeps the size of its source, {width}x{height}; leave it out")
+    sized_request = request.model_copy(update={"size": f"{width}x{height}", "width": None, "height": None})
+    return build_clip_job(context, sized_request, "video-extension", job_id, source, "video")
 
 
 def build_video_edit_job(context: ServiceContext, owner: str, request: VideoEditRequest, job_id: str) -> JobRequest:
@@ -118,6 +152,7 @@ def build_clip_job(
     job_id: str,
     source: Artifact | None,
     source_field: str,
+    last_frame: Artifact | None = None,
     **meta: str,
 ) -> JobRequest:
     """Build the job of a clip; `source_field` is the request's name for its source."""
@@ -125,12 +160,14 @@ def build_clip_job(
     overrides = overrides_from_request(request) | {
         "seconds": request.seconds, "frames": request.num_frames, "fps": request.fps
     }  # fmt: skip
-    length, seed = None if source is None else get_source_length(preset, source), resolve_seed(request, job_id)
+    length, seed = get_source_length(preset, task, source), resolve_seed(request, job_id)
     names = REQUEST_FIELD_NAMES | {"source": source_field}
     params = resolve_request_params(preset, task, overrides, seed, request, length, names)
-    seconds = params.delivered_shape.frames / params.fps if request.seconds is None else request.seconds
+    is_requested_length = request.seconds is not None and params.new_frames is None
+    seconds = request.seconds if is_requested_length else params.delivered_shape.frames / params.fps
     meta = {"size": describe_size(params), "seconds": f"{seconds:.6g}"} | meta
-    return build_job_request(context, request, preset, params, job_id, source, "video", meta)
+    job_request = build_job_request(context, request, preset, params, job_id, source, "video", meta)
+    return replace(job_request, job=job_request.job.model_copy(update={"last_frame": last_frame}))
 
 
 def describe_size(params: SamplingParams) -> str:

@@ -86,15 +86,18 @@ class ClipRequest(GenerationRequest):
 
 
 class VideoRequest(ClipRequest):
-    """A clip, which may be made from a reference.
+    """A clip, which may be made from a reference, and may end with `last_image` if it begins with one.
 
-    `image_reference`, `video_reference` and `reference_url` are other servers' names of `input_reference`.
+    `image_reference`, `video_reference` and `reference_url` are other servers' names of `input_reference`. A picture is
+    animated if the model can do that, and edited otherwise; `task` requires one of the two.
     """
 
     input_reference: Source | None = None
     image_reference: Source | None = None
     video_reference: Source | None = None
     reference_url: Annotated[CleanText, BeforeValidator(take_only_item)] | None = None
+    last_image: Source | None = None
+    task: Literal["image-to-video", "video-editing"] | None = None
 
     def get_reference(self) -> tuple[str, MediaReference] | None:
         """Return the reference and the name of its field, or None. Raises InvalidInput if there are several."""
@@ -110,6 +113,12 @@ class VideoRequest(ClipRequest):
 
 
 class VideoEditRequest(ClipRequest):
+    video: Source
+
+
+class VideoExtensionRequest(ClipRequest):
+    """A clip that continues `video`: `seconds` or `num_frames` are added, at its size and frame rate."""
+
     video: Source
 
 

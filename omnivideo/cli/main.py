@@ -54,8 +54,9 @@ from omnivideo.contracts import (
 )
 from omnivideo.cpu_threads import configure_cpu_threads
 from omnivideo.errors import InvalidInput, OmniVideoError
-from omnivideo.presets import get_preset
-from omnivideo.presets.shapes import get_file_length
+from omnivideo.presets import get_animation_task, get_preset, get_sampling_defaults
+from omnivideo.presets.shapes import SourceLength, get_file_length
+from omnivideo.sdk.options import PICTURE_TO_EXTEND
 from omnivideo.startup import defer_imports, preload_torch, skip_final_collection
 from omnivideo.training.engine.progress_bar import LoggedProgress
 
@@ -160,6 +161,95 @@ def edit(
     studio = open_studio(preset, weights, device)
     with show_step_progress("denoising") as on_step:
         result = studio.edit(source, instruction, on_step=on_step, **overrides)
+    save_result(result, output)
+
+
+@app.command(rich_help_panel=VIDEO_COMMANDS)
+def animate(
+    source: Annotated[Path, typer.Argument(help="The picture that the clip begins with.")],
+    prompt: Annotated[str, typer.Argument(help="What happens in the clip.")],
+    output: OutputFileOption,
+    last_image: Annotated[
+        Path | None, typer.Option(help="A picture that the clip ends with.", rich_help_panel=OUTPUT)
+    ] = None,
+    preset: PresetOption = "tiny",
+    weights: WeightsOption = None,
+    device: DeviceOption = "auto",
+    seed: SeedOption = 0,
+    steps: StepsOption = None,
+    guidance_scale: GuidanceOption = None,
+    frames: FramesOption = None,
+    fps: FpsOption = None,
+    seconds: SecondsOption = None,
+    size: SizeOption = None,
+    negative_prompt: NegativePromptOption = None,
+) -> None:
+    """Generate a clip that begins with a picture."""
+    preload_torch()
+    from omnivideo.media.write import check_output
+
+    overrides: dict[str, Any] = parse_size(size) | {
+        "seed": seed,
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "frames": frames,
+        "fps": fps,
+        "seconds": seconds,
+        "negative_prompt": negative_prompt,
+    }
+    model_preset = get_preset(preset)
+    task = get_animation_task(model_preset) if last_image is None else "keyframes-to-video"
+    get_sampling_defaults(model_preset, task, "preset")
+    params = resolve_sampling_params(model_preset, task, **overrides)
+    check_clip_texts(preset, weights, params, "prompt", prompt)
+    check_output(output, params.delivered_shape.frames)
+    studio = open_studio(preset, weights, device)
+    with show_step_progress("denoising") as on_step:
+        result = studio.animate(source, prompt, last_image=last_image, on_step=on_step, **overrides)
+    save_result(result, output)
+
+
+@app.command(rich_help_panel=VIDEO_COMMANDS)
+def extend(
+    source: Annotated[Path, typer.Argument(help="The clip to continue.")],
+    prompt: Annotated[str, typer.Argument(help="What happens next.")],
+    output: OutputFileOption,
+    preset: PresetOption = "tiny",
+    weights: WeightsOption = None,
+    device: DeviceOption = "auto",
+    seed: SeedOption = 0,
+    steps: StepsOption = None,
+    guidance_scale: GuidanceOption = None,
+    frames: Annotated[
+        int | None, typer.Option(help="Frames to add. Default: the preset's.", rich_help_panel=SAMPLING)
+    ] = None,
+    seconds: Annotated[float | None, typer.Option(help="Seconds to add.", rich_help_panel=SAMPLING)] = None,
+    negative_prompt: NegativePromptOption = None,
+) -> None:
+    """Continue a clip; the result is the clip with what follows."""
+    preload_torch()
+    from omnivideo.media.read import measure_media
+    from omnivideo.media.write import check_output
+
+    overrides: dict[str, Any] = {
+        "seed": seed,
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "frames": frames,
+        "seconds": seconds,
+        "negative_prompt": negative_prompt,
+    }
+    model_preset, info = get_preset(preset), measure_media(source)
+    get_sampling_defaults(model_preset, "video-extension", "preset")
+    if info.fps is None:
+        raise InvalidInput("source", PICTURE_TO_EXTEND)
+    length, size = SourceLength(info.frames, info.fps), {"width": info.width, "height": info.height}
+    params = resolve_sampling_params(model_preset, "video-extension", length, **size, **overrides)
+    check_clip_texts(preset, weights, params, "prompt", prompt)
+    check_output(output, params.delivered_shape.frames)
+    studio = open_studio(preset, weights, device)
+    with show_step_progress("denoising") as on_step:
+        result = studio.extend(source, prompt, on_step=on_step, **overrides)
     save_result(result, output)
 
 

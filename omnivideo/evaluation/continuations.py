@@ -20,12 +20,12 @@ from omnivideo.evaluation.suite import (
 from omnivideo.models.mllm import MLLMMessage
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.models.vae import encode_pixels, pixels_from_bytes
+from omnivideo.presets import ContinuationTask
 from omnivideo.synthetic.captions import sample_caption
 from omnivideo.synthetic.facts import SceneDetection
 from omnivideo.synthetic.rendering import render_scene
 from omnivideo.synthetic.requests import (
     CONTINUATION_TASKS,
-    ContinuationTask,
     SceneRequest,
     sample_continuation_request,
     sample_requests,

@@ -19,13 +19,15 @@ class DenoisingState:
 
     `latents` is the noisy sample, and `previous_sample` is the sample that the last step started from.
     `model_outputs` are the clean samples that the scheduler derived from the last velocities: at most two, oldest
-    first. UniPC uses no random numbers, so no generator state is needed.
+    first. UniPC uses no random numbers, so no generator state is needed. `finished` are the clean latents of the loops
+    before this one, where a clip takes several.
     """
 
     step: int
     latents: Tensor
     previous_sample: Tensor
     model_outputs: tuple[Tensor, ...]
+    finished: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,8 @@ from typing import TYPE_CHECKING
 from omnivideo.contracts import (
     SamplingParams,
     check_prompt,
-    compute_latent_grid,
-    count_visual_context_tokens,
+    count_source_tokens,
     count_visual_tokens,
-    is_editing_task,
 )
 from omnivideo.errors import TextTooLong
 from omnivideo.presets import Preset
@@ -45,7 +43,7 @@ class TokenLimits:
         Without `params`, the bounds are those that hold whatever the clip's size and source are.
         """
         text, parts = check_prompt(field, text), self.preset.condition.text_parts
-        has_source = params is not None and is_editing_task(params.task)
+        has_source = params is not None and count_source_tokens(self.preset, params) > 0
         if "prompt" in parts or ("instruction" in parts and has_source):
             room = self.preset.text.max_tokens if params is None else self.count_text_room(params)
             self.check_encoder_text(field, text, room)
@@ -79,9 +77,7 @@ class TokenLimits:
         if condition.overflow not in ("refuse", "text"):
             return self.preset.text.max_tokens
         used = self.count_marker_tokens() + count_visual_tokens(self.preset, params.frames)
-        if is_editing_task(params.task):
-            grid = compute_latent_grid(params.width, params.height, params.frames)
-            used += count_visual_context_tokens(self.preset, grid)
+        used += count_source_tokens(self.preset, params)
         return min(self.preset.text.max_tokens, condition.max_tokens - used)
 
     def count_marker_tokens(self) -> int:

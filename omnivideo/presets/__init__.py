@@ -7,6 +7,7 @@ from omnivideo.errors import InvalidInput
 from omnivideo.presets.fields import (
     ConditionConfig,
     ConditionPart,
+    ContinuationTask,
     DtypeName,
     EditKind,
     ExpertsConfig,
@@ -18,6 +19,7 @@ from omnivideo.presets.fields import (
     QueryTransformerConfig,
     SamplingDefaults,
     SourceConfig,
+    StandardTask,
     Task,
     TextConfig,
     TrainedShapes,
@@ -36,6 +38,7 @@ __all__ = [
     "TINY",
     "ConditionConfig",
     "ConditionPart",
+    "ContinuationTask",
     "DtypeName",
     "EditKind",
     "ExpertsConfig",
@@ -47,11 +50,13 @@ __all__ = [
     "QueryTransformerConfig",
     "SamplingDefaults",
     "SourceConfig",
+    "StandardTask",
     "Task",
     "TextConfig",
     "TrainedShapes",
     "VisionInputConfig",
     "VisualContextConfig",
+    "get_animation_task",
     "get_preset",
     "get_sampling_defaults",
     "get_vision_input",
@@ -67,11 +72,17 @@ def get_preset(name: str) -> Preset:
     return PRESETS[name]
 
 
-def get_sampling_defaults(preset: Preset, task: Task) -> SamplingDefaults:
-    """Return the defaults of a task; raises InvalidInput if the preset's weights cannot do it."""
+def get_sampling_defaults(preset: Preset, task: Task, field: str = "task") -> SamplingDefaults:
+    """Return the defaults of a task; raises an InvalidInput with the field if the preset's weights cannot do it."""
     if task not in preset.sampling:
-        raise InvalidInput("task", f"{preset.name} cannot do {task}; its tasks are {', '.join(preset.sampling)}")
+        raise InvalidInput(field, f"{preset.name} cannot do {task}; its tasks are {', '.join(preset.sampling)}")
     return preset.sampling[task]
+
+
+def get_animation_task(preset: Preset) -> Task:
+    """Return the task that makes a clip of a picture: an edit if the preset has only that, otherwise its own task."""
+    is_edit = preset.animates_pictures and "image-to-video" not in preset.sampling
+    return "video-editing" if is_edit else "image-to-video"
 
 
 def get_vision_input(patch_size: int, merge_size: int, temporal_patch_size: int) -> VisionInputConfig:

@@ -1,10 +1,13 @@
 """What a preset states: the fields in which models differ, as frozen pydantic classes."""
 
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-Task = Literal["text-to-image", "text-to-video", "image-editing", "video-editing"]
+StandardTask = Literal["text-to-image", "text-to-video", "image-editing", "video-editing"]
+# Tasks whose clips begin with given frames: animate a still, continue a clip, go from a first to a last frame.
+ContinuationTask = Literal["image-to-video", "video-extension", "keyframes-to-video"]
+Task = Literal[StandardTask, ContinuationTask]
 EditKind = Literal[
     "recolour", "reshape", "add", "remove", "background", "motion", "resize", "replace", "swap", "place", "speed",
     "path",
@@ -19,7 +22,10 @@ class PresetModel(BaseModel):
 
 
 class SamplingDefaults(PresetModel):
-    """Defaults of one task (paper section 5.1): size in px, clip length, UniPC steps, guidance scale."""
+    """Defaults of one task (paper section 5.1): size in px, clip length, UniPC steps, guidance scale.
+
+    `given_frames` of a continuation are the first ones of its `frames`: the model gets them, and generates the others.
+    """
 
     width: int
     height: int
@@ -28,6 +34,7 @@ class SamplingDefaults(PresetModel):
     steps: int
     guidance_scale: float
     flow_shift: float = 5.0
+    given_frames: int = 0
 
 
 class TrainedShapes(PresetModel):
@@ -194,8 +201,8 @@ class Preset(PresetModel):
     `version` names the published layout. `decoder` and `vae` are the configurations of diffusers'
     `WanTransformer3DModel` and `AutoencoderKLWan`. A vision head and an adapter make the condition's "visual" part, a
     normalised projection of the MLLM's hidden states its "hidden" part. The keys of `sampling` are the tasks that the
-    weights can do, `trained` has the sizes and lengths of each, and `animates_pictures` says that they can also
-    make a clip of a picture. The authors' version 1 counts guidance from the condition; its scale plus
+    weights can do, `trained` has the sizes and lengths of each, and `animates_pictures` says that an edit of a picture
+    can be a clip. The authors' version 1 counts guidance from the condition; its scale plus
     `guidance_offset` is the usual scale, which every setting here means. Parts that `dtypes` does not name are
     float32; `autocast` is the type that the decoder and the visual context adapter compute in. `byte_rounding`
     turns decoded pixels into bytes. `max_batch_size` is the number of clips of a batch that are rendered in one
@@ -231,6 +238,16 @@ class Preset(PresetModel):
     autocast: DtypeName | None = None
     byte_rounding: Literal["nearest", "truncate"] = "nearest"
     licence: str = ""
+
+    @model_validator(mode="after")
+    def check_given_frames(self) -> Self:
+        for task, defaults in self.sampling.items():
+            is_continuation = task in get_args(ContinuationTask)
+            if (defaults.given_frames > 0) != is_continuation or defaults.given_frames >= defaults.frames:
+                raise ValueError(f"given_frames: {defaults.given_frames} of {defaults.frames} do not fit {task}")
+            if is_continuation and defaults.given_frames % 4 != 1:  # they fill whole latent frames
+                raise ValueError(f"given_frames: {defaults.given_frames} is not of the form 4k + 1")
+        return self
 
     def in_float32(self) -> "Preset":
         """Return the same model with every part in float32, as the golden tests compare it."""

@@ -3,6 +3,7 @@
 A model draws what it was trained on (`TrainedShapes`); at another size or length it computes noise. So a clip is always
 generated at a trained size and length, and delivered as requested: frames are scaled and cropped, and a shorter clip
 is the beginning of a trained one. A longer one is refused, unless the frame rate is free, which then fills the time.
+An extension adds to a clip what the model generates in one pass, or in several, each of which continues the one before.
 """
 
 import math
@@ -17,6 +18,7 @@ from omnivideo.presets.fields import Preset, PresetModel, SamplingDefaults, Task
 MIN_FPS, MAX_FPS = 0.5, 60  # frames per second of a clip
 MAX_CLIP_PIXELS = 1280 * 720 * 121  # width x height x frames; no preset supports more
 MAX_SIDE = 4096  # px of what is delivered
+MAX_NEW_FRAMES = 241  # of one extension
 
 
 class RequestedShape(PresetModel):
@@ -48,7 +50,7 @@ class ClipLength:
 
 @dataclass(frozen=True)
 class SourceLength:
-    """The length of an edit's source, a clip: its frames, and their rate per second."""
+    """The length of the clip that is edited or extended: its frames, and their rate per second."""
 
     frames: int
     fps: float
@@ -137,6 +139,48 @@ def inherit_source_length(
     return None, None, max(seconds, min(shapes.frames) / MAX_FPS)
 
 
+def count_new_frames(defaults: SamplingDefaults, requested: RequestedShape, source: SourceLength) -> int:
+    """Return how many frames an extension adds to a clip, at the clip's rate; by default those of one pass.
+
+    Raises InvalidInput for a clip that is shorter than what is given to the model, and for a time without a frame.
+    """
+    if source.frames < defaults.given_frames:
+        text = f"it has {source.frames} frames; this model continues clips of {defaults.given_frames} or more"
+        raise InvalidInput("source", text)
+    if not MIN_FPS <= source.fps <= MAX_FPS:
+        raise InvalidInput("source", f"it has {source.fps:g} frames per second; allowed: {MIN_FPS:g} to {MAX_FPS}")
+    if requested.fps not in (None, source.fps):
+        raise InvalidInput("fps", f"an extended clip keeps its {source.fps:g} frames per second; leave it out")
+    if requested.seconds is None:
+        return requested.frames or defaults.frames - defaults.given_frames
+    frames = round(requested.seconds * source.fps)
+    if requested.frames not in (None, frames):
+        text = f"{requested.seconds:g} s at {source.fps:g} frames per second are {frames} frames"
+        raise InvalidInput("seconds", f"{text}, not {requested.frames}; give one of the two")
+    if not 1 <= frames <= MAX_NEW_FRAMES:
+        text = f"{1 / source.fps:.2g} to {MAX_NEW_FRAMES / source.fps:.4g}"
+        raise InvalidInput("seconds", f"{frames} frames would be added; allowed: {text} at {source.fps:g} per second")
+    return frames
+
+
+def resolve_extension(
+    defaults: SamplingDefaults, shapes: TrainedShapes, requested: RequestedShape, source: SourceLength
+) -> dict[str, Any]:
+    """Return the fields of SamplingParams for a clip that is extended. The requested size is the clip's, made even."""
+    new_frames = count_new_frames(defaults, requested, source)
+    width, height = requested.width or defaults.width, requested.height or defaults.height
+    width, height = width - width % 2, height - height % 2
+    frames = source.frames + new_frames
+    if width * height * frames > MAX_CLIP_PIXELS:
+        longest = MAX_CLIP_PIXELS // (width * height)
+        raise InvalidInput("source", f"it would have {frames} frames of {width}x{height}; allowed: {longest}")
+    size = choose_trained_size(shapes, width, height)
+    return {
+        "width": size[0], "height": size[1], "frames": defaults.frames, "fps": source.fps, "new_frames": new_frames,
+        "delivery": Delivery(width=width, height=height, frames=frames),
+    }  # fmt: skip
+
+
 def choose_frames_for_time(shapes: TrainedShapes, defaults: SamplingDefaults, seconds: float) -> int:
     """Return the trained length that fills the time at a rate near the default one. Raises InvalidInput."""
     possible = [frames for frames in shapes.frames if MIN_FPS <= frames / seconds <= MAX_FPS]
@@ -195,6 +239,9 @@ def resolve_shape(
 ) -> dict[str, Any]:
     """Return the fields of SamplingParams for a requested size and length."""
     shapes = get_trained_shapes(preset, task, defaults)
+    if task == "video-extension":
+        assert source is not None, "an extension has a source"
+        return resolve_extension(defaults, shapes, requested, source)
     if requested.frames is not None and (requested.frames == 1) == is_video:
         allowed = f"a video has 2 to {max(shapes.frames)}" if is_video else "an image has 1"
         raise InvalidInput("frames", f"{requested.frames} does not fit {task}: {allowed}")

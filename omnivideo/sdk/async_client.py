@@ -14,6 +14,8 @@ from omnivideo.sdk.async_thread import AsyncThread
 from omnivideo.sdk.batch import BatchOutcome
 from omnivideo.sdk.connection import ServiceConnection, cancel_on_service, to_request_fields
 from omnivideo.sdk.options import (
+    CLIP_TO_ANIMATE,
+    PICTURE_TO_EXTEND,
     GenerationOptions,
     SamplingOptions,
     Source,
@@ -32,6 +34,7 @@ POLL_SECONDS = 0.1  # unless the service suggests an interval
 IMAGE_TIMEOUT_SECONDS = 600.0  # of a request that ends with the image
 MAX_CONCURRENT_CALLS = 8
 EDIT_ARGUMENTS = {"prompt": "instruction", "image": "source", "video": "source"}  # by the names in requests
+CONTINUATION_ARGUMENTS = {"input_reference": "source", "video": "source"}
 Value = TypeVar("Value")
 
 
@@ -173,6 +176,88 @@ class AsyncClient:
         calls = [cast(SamplingOptions, {**options, "seed": seed}) for seed in seeds]
         return await run_concurrently([partial(self.edit, source, instruction, **call) for call in calls])
 
+    async def animate(
+        self,
+        source: Source,
+        prompt: str,
+        *,
+        last_image: Source | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        frames: int | None = None,
+        fps: float | None = None,
+        seconds: float | None = None,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        flow_shift: float | None = None,
+        negative_prompt: str | None = None,
+        seed: int = 0,
+        progress: bool | None = None,
+        on_step: StepCallback | None = None,
+    ) -> Result:
+        """Generate a clip that begins with a picture, and with `last_image` also ends with one.
+
+        Pictures are a path, a PIL image, an array or a result. The options are those of `generate`. Raises an
+        InvalidInput if the preset's weights cannot do it.
+        """
+        options = {
+            "width": width, "height": height, "frames": frames, "fps": fps, "seconds": seconds, "steps": steps,
+            "guidance_scale": guidance_scale, "flow_shift": flow_shift, "negative_prompt": negative_prompt,
+            "seed": seed,
+        }  # fmt: skip
+        task = "image-to-video" if last_image is None else None
+        upload, is_image = await asyncio.to_thread(read_edit_source, source)
+        if not is_image:
+            raise InvalidInput("source", CLIP_TO_ANIMATE)
+        files = {"input_reference": upload}
+        if last_image is not None:
+            files["last_image"] = await asyncio.to_thread(read_upload, last_image, "last_image")
+        return await self.continue_media("/v1/videos", prompt, options | {"task": task}, files, (progress, on_step))
+
+    async def extend(
+        self,
+        source: Source,
+        prompt: str,
+        *,
+        frames: int | None = None,
+        seconds: float | None = None,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        flow_shift: float | None = None,
+        negative_prompt: str | None = None,
+        seed: int = 0,
+        progress: bool | None = None,
+        on_step: StepCallback | None = None,
+    ) -> Result:
+        """Continue a clip as the prompt says, and return it with what follows.
+
+        `frames` or `seconds` are added, at the clip's size and frame rate; by default what the model adds in one pass.
+        The other options are those of `generate`. Raises an InvalidInput if the preset's weights cannot do it.
+        """
+        options = {
+            "frames": frames, "seconds": seconds, "steps": steps, "guidance_scale": guidance_scale,
+            "flow_shift": flow_shift, "negative_prompt": negative_prompt, "seed": seed,
+        }  # fmt: skip
+        upload, is_image = await asyncio.to_thread(read_edit_source, source)
+        if is_image:
+            raise InvalidInput("source", PICTURE_TO_EXTEND)
+        files = {"video": upload}
+        return await self.continue_media("/v1/videos/extensions", prompt, options, files, (progress, on_step))
+
+    async def continue_media(
+        self,
+        path: str,
+        prompt: str,
+        options: dict[str, Any],
+        files: dict[str, tuple[str, bytes]],
+        display: tuple[bool | None, StepCallback | None],
+    ) -> Result:
+        """Request a clip that begins with uploaded media; `display` is how its progress is shown."""
+        fields = {"prompt": check_prompt("prompt", prompt)} | to_request_fields(options)
+        request = {"data": {name: str(value) for name, value in fields.items()}, "files": files}
+        with follow_steps(prompt, *display) as report:
+            return await self.request_clip(path, request, CONTINUATION_ARGUMENTS, report)
+
     async def understand(
         self,
         source: Source,
@@ -254,10 +339,10 @@ class AsyncClient:
         return Result(Manifest.parse_stored(manifest.content), data=content.content, suffix=suffix)
 
 
-def read_upload(source: Source) -> tuple[str, bytes]:
-    """Return the name and the content of a source. Raises InvalidInput if it cannot be read."""
-    source_file = to_source_file(source)
-    return source_file.name, source_file.read()
+def read_upload(source: Source, field: str = "source") -> tuple[str, bytes]:
+    """Return the name and the content of a source. Raises an InvalidInput with the field if it cannot be read."""
+    source_file = to_source_file(source, field)
+    return source_file.name, source_file.read(field)
 
 
 def read_edit_source(source: Source) -> tuple[tuple[str, bytes], bool]:

@@ -201,6 +201,63 @@ class Client:
         """Edit a source `n` times with consecutive seeds, with the options of `edit`."""
         return self.event_loop.run(self.remote.edit_many(source, instruction, n, **options))
 
+    def animate(
+        self,
+        source: Source,
+        prompt: str,
+        *,
+        last_image: Source | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        frames: int | None = None,
+        fps: float | None = None,
+        seconds: float | None = None,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        flow_shift: float | None = None,
+        negative_prompt: str | None = None,
+        seed: int = 0,
+        progress: bool | None = None,
+        on_step: StepCallback | None = None,
+    ) -> Result:
+        """Generate a clip that begins with a picture, and with `last_image` also ends with one.
+
+        Pictures are a path, a PIL image, an array or a result. The options are those of `generate`. Raises an
+        InvalidInput if the preset's weights cannot do it.
+        """
+        call = self.remote.animate(
+            source, prompt, last_image=last_image, width=width, height=height, frames=frames, fps=fps, seconds=seconds,
+            steps=steps, guidance_scale=guidance_scale, flow_shift=flow_shift, negative_prompt=negative_prompt,
+            seed=seed, progress=progress, on_step=on_step,
+        )  # fmt: skip
+        return self.event_loop.run(call)
+
+    def extend(
+        self,
+        source: Source,
+        prompt: str,
+        *,
+        frames: int | None = None,
+        seconds: float | None = None,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        flow_shift: float | None = None,
+        negative_prompt: str | None = None,
+        seed: int = 0,
+        progress: bool | None = None,
+        on_step: StepCallback | None = None,
+    ) -> Result:
+        """Continue a clip as the prompt says, and return it with what follows.
+
+        `frames` or `seconds` are added, at the clip's size and frame rate; by default what the model adds in one pass.
+        The other options are those of `generate`. Raises an InvalidInput if the preset's weights cannot do it.
+        """
+        call = self.remote.extend(
+            source, prompt, frames=frames, seconds=seconds, steps=steps, guidance_scale=guidance_scale,
+            flow_shift=flow_shift, negative_prompt=negative_prompt, seed=seed, progress=progress, on_step=on_step,
+        )  # fmt: skip
+        return self.event_loop.run(call)
+
     def understand(
         self,
         source: Source,

@@ -21,6 +21,8 @@ Source: TypeAlias = Union[str, Path, "Image", "np.ndarray[Any, Any]", "Result"]
 StepCallback: TypeAlias = Callable[[StepProgress], None]
 TextCallback: TypeAlias = Callable[[str], None]
 MAX_RESULTS = 64
+CLIP_TO_ANIMATE = "it is a clip; give a picture, or extend or edit the clip"
+PICTURE_TO_EXTEND = "it is a picture; give a clip, or animate the picture"
 SOURCE_TYPES = "a path, a PIL image, a uint8 array [H, W, 3] or [F, H, W, 3], or a result"
 
 

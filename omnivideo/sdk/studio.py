@@ -1,7 +1,7 @@
 """The SDK in this process: one preset, loaded once, that generates, edits and understands."""
 
 from collections.abc import Iterable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
@@ -23,7 +23,9 @@ from omnivideo.contracts import (
     resolve_sampling_params,
 )
 from omnivideo.cpu_threads import configure_cpu_threads
-from omnivideo.media.read import measure_media, read_fitted_media
+from omnivideo.errors import InvalidInput
+from omnivideo.media.extension import join_extension, read_last_frames
+from omnivideo.media.read import measure_media, read_fitted_media, read_media
 from omnivideo.media.sound import SoundSource
 from omnivideo.models.device import pick_device
 from omnivideo.models.mllm import MLLMMedia, MLLMMessage
@@ -32,13 +34,17 @@ from omnivideo.models.text_limits import TokenLimits
 from omnivideo.models.weights import checkpoint
 from omnivideo.models.weights.digests import compute_folder_digest
 from omnivideo.models.weights.shipped import check_preset, find_shipped_weights
-from omnivideo.presets.shapes import get_file_length
+from omnivideo.presets import get_animation_task, get_sampling_defaults
+from omnivideo.presets.shapes import SourceLength, get_file_length
 from omnivideo.sdk.batch import BatchOutcome, run_batch
 from omnivideo.sdk.batch_items import parse_items
 from omnivideo.sdk.options import (
+    CLIP_TO_ANIMATE,
+    PICTURE_TO_EXTEND,
     GenerationOptions,
     SamplingOptions,
     Source,
+    SourceFile,
     StepCallback,
     TextCallback,
     choose_seeds,
@@ -181,8 +187,7 @@ class Studio:
             negative_prompt=negative_prompt,
             seed=seed,
         )
-        self.text_limits.check_negative_prompt("negative_prompt", params.negative_prompt)
-        prompt = self.text_limits.check_prompt("prompt", prompt, params)
+        prompt = self.check_texts(prompt, params)
         with follow_steps(prompt, progress, on_step) as report:
             return self.generate_result(prompt, params, None, None, report)
 
@@ -236,7 +241,7 @@ class Studio:
         config = self.omni.preset.source
         pixels = read_fitted_media(source_file.file, *size, config=config, delivery=params.delivery)
         with follow_steps(instruction, progress, on_step) as report:
-            result = self.generate_result(instruction, params, pixels, source_file.name, report)
+            result = self.generate_result(instruction, params, pixels, source_file, report)
         result.sound = SoundSource(source_file.file, info.frames / info.fps) if info.fps else None
         return result
 
@@ -244,6 +249,115 @@ class Studio:
         """Edit a source `n` times with consecutive seeds, with the options of `edit`."""
         seeds = choose_seeds(options.get("seed", 0), n)
         return [self.edit(source, instruction, **cast(SamplingOptions, {**options, "seed": seed})) for seed in seeds]
+
+    def animate(
+        self,
+        source: Source,
+        prompt: str,
+        *,
+        last_image: Source | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        frames: int | None = None,
+        fps: float | None = None,
+        seconds: float | None = None,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        flow_shift: float | None = None,
+        negative_prompt: str | None = None,
+        seed: int = 0,
+        progress: bool | None = None,
+        on_step: StepCallback | None = None,
+    ) -> Result:
+        """Generate a clip that begins with a picture, and with `last_image` also ends with one.
+
+        Pictures are a path, a PIL image, an array or a result. The options are those of `generate`. Raises an
+        InvalidInput if the preset's weights cannot do it.
+        """
+        preset, source_file = self.omni.preset, to_source_file(source)
+        if measure_media(source_file.file).kind != "image":
+            raise InvalidInput("source", CLIP_TO_ANIMATE)
+        task = get_animation_task(preset) if last_image is None else "keyframes-to-video"
+        get_sampling_defaults(preset, task, "task" if last_image is None else "last_image")
+        params = resolve_sampling_params(
+            preset,
+            task,
+            None,
+            width=width,
+            height=height,
+            frames=frames,
+            fps=fps,
+            seconds=seconds,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            flow_shift=flow_shift,
+            negative_prompt=negative_prompt,
+            seed=seed,
+        )
+        last_file = None if last_image is None else to_source_file(last_image, "last_image")
+        if last_file is not None and measure_media(last_file.file, field="last_image").kind != "image":
+            raise InvalidInput("last_image", "it is a clip; give a picture")
+        prompt = self.check_texts(prompt, params)
+        size = (params.width, params.height, params.given_frames or params.frames, params.fps)
+        fit = partial(read_fitted_media, config=preset.source, delivery=params.delivery)
+        last = None if last_file is None else fit(last_file.file, *size)
+        with follow_steps(prompt, progress, on_step) as report:
+            pixels = fit(source_file.file, *size)
+            result = self.generate_result(prompt, params, pixels, source_file, report, last)
+        if last_file is None:
+            return result
+        return Result(result.manifest.model_copy(update={"last_frame": last_file.name}), frames=result.frames)
+
+    def extend(
+        self,
+        source: Source,
+        prompt: str,
+        *,
+        frames: int | None = None,
+        seconds: float | None = None,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        flow_shift: float | None = None,
+        negative_prompt: str | None = None,
+        seed: int = 0,
+        progress: bool | None = None,
+        on_step: StepCallback | None = None,
+    ) -> Result:
+        """Continue a clip as the prompt says, and return it with what follows.
+
+        `frames` or `seconds` are added, at the clip's size and frame rate; by default what the model adds in one pass.
+        The other options are those of `generate`. Raises an InvalidInput if the preset's weights cannot do it.
+        """
+        preset, source_file = self.omni.preset, to_source_file(source)
+        get_sampling_defaults(preset, "video-extension", "source")
+        info = measure_media(source_file.file)
+        if info.fps is None:
+            raise InvalidInput("source", PICTURE_TO_EXTEND)
+        params = resolve_sampling_params(
+            preset,
+            "video-extension",
+            SourceLength(info.frames, info.fps),
+            width=info.width,
+            height=info.height,
+            frames=frames,
+            seconds=seconds,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            flow_shift=flow_shift,
+            negative_prompt=negative_prompt,
+            seed=seed,
+        )
+        prompt, data = self.check_texts(prompt, params), source_file.read()
+        given = read_last_frames(data, params.given_frames, params.width, params.height, preset.source, params.delivery)
+        with follow_steps(prompt, progress, on_step) as report:
+            result = self.generate_result(prompt, params, given, source_file, report)
+        whole = join_extension(read_media(data).frames, result.frames, params.given_frames)
+        return Result(result.manifest, frames=whole)
+
+    def check_texts(self, prompt: str, params: SamplingParams) -> str:
+        """Return the prompt without surrounding whitespace. Raises InvalidInput for a text that is too long."""
+        self.text_limits.check_negative_prompt("negative_prompt", params.negative_prompt)
+        return self.text_limits.check_prompt("prompt", prompt, params)
 
     def understand(
         self,
@@ -274,12 +388,18 @@ class Studio:
         prompt: str,
         params: SamplingParams,
         source_frames: np.ndarray | None,
-        source_name: str | None,
+        source_file: SourceFile | None,
         on_step: StepCallback,
+        last_frame: np.ndarray | None = None,
     ) -> Result:
-        for event in generate_clip(self.omni, prompt, params, source_frames):
+        features = None
+        if source_file is not None and params.given_frames:  # the MLLM sees all of it, and not only what is given
+            media = read_mllm_media(source_file.file, self.omni.bound_mllm.visual_inputs)
+            features = self.omni.compute_mllm_features(MLLMMessage(prompt, (media,)), "video")
+        for event in generate_clip(self.omni, prompt, params, source_frames, features, last_frame=last_frame):
             if isinstance(event, GeneratedClip):
-                manifest = build_manifest(self.model, prompt, params, event.seconds_by_stage, source_name)
+                name = None if source_file is None else source_file.name
+                manifest = build_manifest(self.model, prompt, params, event.seconds_by_stage, name)
                 return Result(manifest, frames=event.frames)
             on_step(event.step)
         raise AssertionError("generate_clip ends with a clip")

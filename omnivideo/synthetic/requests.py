@@ -4,12 +4,12 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 
 from omnivideo.contracts import Medium, get_task_medium, is_editing_task
-from omnivideo.presets import Task
+from omnivideo.presets import ContinuationTask, StandardTask, Task
 from omnivideo.synthetic.captions import (
     CLIP_PREFIXES,
     STILL_PREFIXES,
@@ -35,8 +35,6 @@ from omnivideo.synthetic.scenes import (
     sample_scene,
 )
 
-# Tasks whose clips begin with given frames: animate a still, continue a clip, join a first and a last frame.
-ContinuationTask = Literal["image-to-video", "video-extension", "keyframes-to-video"]
 CONTINUATION_TASKS: tuple[ContinuationTask, ...] = get_args(ContinuationTask)
 REQUEST_TEMPLATES = (
     "{}", "{}", "{}", "draw {}", "generate {}", "make {}", "create {}", "show me {}", "i want {}", "please draw {}",
@@ -107,7 +105,7 @@ class SceneRequest:
     still to end with. The target of a continuation begins with the source's last frame.
     """
 
-    task: Task | ContinuationTask
+    task: Task
     text: str
     target: Scene
     source: Scene | None = None
@@ -142,7 +140,7 @@ def restate_scene(scene: Scene, *, with_places: bool = False) -> str:
     return get_medium_prefix(scene.is_video) + describe_scene(scene, with_places=with_places)
 
 
-def sample_request(rng: random.Random, task: Task, frame_count: int | None = None) -> SceneRequest:
+def sample_request(rng: random.Random, task: StandardTask, frame_count: int | None = None) -> SceneRequest:
     """Return a request for generation or for an edit; a clip has 9 frames unless `frame_count` is given."""
     is_video = get_task_medium(task) == "video"
     if is_editing_task(task):
@@ -157,9 +155,7 @@ def sample_request(rng: random.Random, task: Task, frame_count: int | None = Non
     return SceneRequest(task, phrase_scene_request(rng, caption.text, scene), scene)
 
 
-def sample_requests(
-    seed: int, task: Task | ContinuationTask, count: int, frame_count: int | None = None
-) -> list[SceneRequest]:
+def sample_requests(seed: int, task: Task, count: int, frame_count: int | None = None) -> list[SceneRequest]:
     """Return the same list of requests for the same arguments."""
     rng = random.Random(f"requests/{seed}/{task}/{frame_count}" if frame_count else f"requests/{seed}/{task}")
     if task == "image-to-video" or task == "video-extension" or task == "keyframes-to-video":

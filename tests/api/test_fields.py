@@ -1,5 +1,6 @@
 """Fields that change the result are honoured or refused by name."""
 
+import base64
 import time
 
 import pytest
@@ -11,6 +12,7 @@ UNSUPPORTED = (
     "boundary_ratio", "extra_params", "enable_teacache",
 )  # fmt: skip
 IMAGE = {"prompt": "a", "num_inference_steps": 1}
+PNG_URL = "data:image/png;base64," + base64.b64encode(make_png()).decode()
 
 
 @pytest.mark.parametrize(
@@ -37,6 +39,18 @@ def test_a_field_that_cannot_be_honoured_is_refused_by_name(http, path, fields, 
     response = http.post(path, json={"prompt": "a"} | fields)
     assert response.status_code == 400, response.text
     assert param is None or response.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize(("path", "fields", "param"), [
+    ("/v1/videos", {"input_reference": {"image_url": PNG_URL}, "task": "image-to-video"}, "task"),
+    ("/v1/videos", {"input_reference": {"image_url": PNG_URL}, "last_image": {"image_url": PNG_URL}}, "last_image"),
+    ("/v1/videos/extensions", {"video": {"id": "x"}}, "video"),
+])  # fmt: skip
+def test_a_task_that_the_weights_cannot_do_is_refused_with_those_that_they_can(http, path, fields, param):
+    response = http.post(path, json={"prompt": "a"} | fields)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, param)
+    assert "its tasks are text-to-video, video-editing, text-to-image, image-editing" in error["message"]
 
 
 def test_width_and_height_are_honoured(http):

@@ -28,6 +28,7 @@ from omnivideo.training.engine.monitor import skip_samples
 from omnivideo.training.engine.run import RunContext
 from omnivideo.training.recipes.over_shards import PREVIOUS_STAGE
 from omnivideo.training.tiny.pipeline import TinyPipeline
+from tests.support.continuations import declare_everywhere
 
 ROOT = Path(__file__).parents[2]
 
@@ -75,6 +76,24 @@ def test_generate_edit_and_understand_write_their_results(run_cli, weights, tmp_
     assert read_media(still).kind == "image"
     code, text, _ = run_cli("understand", still, "what is it?", "--weights", weights)
     assert code == 0 and text.strip()
+
+
+def test_animate_and_extend_write_their_results(run_cli, weights, still, tmp_path):
+    clip, longer, options = tmp_path / "clip.mp4", tmp_path / "longer.mp4", ("--steps", 1, "--weights", weights, "-o")
+    with declare_everywhere():
+        code, _, err = run_cli("animate", still, "it moves", "--last-image", still, *options, clip)
+        assert code == 0, err
+        assert json.loads((tmp_path / "clip.mp4.json").read_text())["task"] == "keyframes-to-video"
+        code, _, err = run_cli("extend", clip, "it goes on", "--frames", 5, *options, longer)
+        assert code == 0, err
+    assert len(read_media(longer).frames) == 14
+
+
+@pytest.mark.parametrize("command", ["animate", "extend"])
+def test_what_the_weights_cannot_do_is_refused_before_they_are_loaded(run_cli, weights, still, clip, tmp_path, command):
+    source = {"animate": still, "extend": clip}[command]
+    code, _, err = run_cli(command, source, "a", "--weights", weights, "-o", tmp_path / "a.mp4")
+    assert code == 2 and "preset: tiny cannot do" in err and "its tasks are text-to-video, video-editing" in err
 
 
 def test_a_seed_determines_every_byte(run_cli, weights, tmp_path):

@@ -31,6 +31,12 @@ def test_capabilities_are_what_the_preset_declares():
     tiny, large = list_capabilities(TINY), list_capabilities(OMNIVIDEO2_A14B)
     assert {"text-to-image", "edit:recolour"} <= tiny and not {"edit:resize", "open-world"} & tiny
     assert {"open-world", "other-languages", "edit:resize", *OMNIVIDEO2_A14B.sampling} <= large
+    assert "join-clips" in tiny - large
+
+
+def test_a_joined_clip_is_made_from_all_of_its_clips(studio):
+    joined = say_phrase(studio.open_thread(), find_phrase("new-task-14"), None, steps=1)
+    assert [(artifact.number, artifact.sources, artifact.frames) for artifact in joined.artifacts] == [(3, (2, 1), 18)]
 
 
 def test_the_outcome_has_what_the_assistant_did(studio):

@@ -24,7 +24,7 @@ from omnivideo.evaluation.phrases.entries import (
     load_phrases,
 )
 from omnivideo.evaluation.phrases.judge import PhraseOutcome, judge_phrase
-from omnivideo.presets import Task
+from omnivideo.presets import StandardTask
 from omnivideo.synthetic.facts import ObjectDetection, SceneDetection
 from omnivideo.synthetic.questions import QUESTION_WEIGHTS, sample_question
 from omnivideo.synthetic.requests import sample_requests
@@ -32,7 +32,7 @@ from omnivideo.synthetic.scenes import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, sa
 
 ROOT = Path(__file__).parents[2]
 HALVES = get_args(Half)
-TASKS = frozenset(get_args(Task))
+TASKS = frozenset(get_args(StandardTask))
 TODAY = TASKS | {f"edit:{kind}" for kind in ("recolour", "reshape", "add", "remove", "background", "motion")}
 
 
@@ -101,7 +101,7 @@ def test_the_halves_are_divided_by_the_digests_of_the_ids():
 @cache
 def collect_vocabulary():
     """Return every word of many requests, edits and questions of the world."""
-    texts = [request.text for task in get_args(Task) for request in sample_requests(0, task, 1500)]
+    texts = [request.text for task in get_args(StandardTask) for request in sample_requests(0, task, 1500)]
     rng = random.Random("vocabulary")
     scenes = (sample_scene(rng, is_video) for _ in range(600) for is_video in (False, True))
     texts += [sample_question(rng, scene, QUESTION_WEIGHTS).text for scene in scenes]

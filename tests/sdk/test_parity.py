@@ -104,7 +104,10 @@ def sdk(request, address, weights, tmp_path_factory):
 
 # ---------------------------------------------------------------- names and options
 
-METHODS = ["open_thread", "batch", "route", "generate", "generate_many", "edit", "edit_many", "understand"]
+METHODS = [
+    "open_thread", "batch", "route", "generate", "generate_many", "edit", "edit_many", "animate", "extend",
+    "understand",
+]  # fmt: skip
 THREAD_METHODS = [
     "send", "fork", "get_turns", "get_artifacts", "get_open_question", "get_lineage", "fetch_artifact",
 ]  # fmt: skip

@@ -52,9 +52,9 @@ def make_http_client(service, **options) -> httpx.Client:
     return httpx.Client(base_url=service[2], headers=headers, timeout=60, trust_env=False, **options)
 
 
-def refer_to_video(video_id: str) -> dict:
+def refer_to_video(video_id: str, **fields: object) -> dict:
     """Return the arguments that name a video of the service; the openai client only accepts files for `video`."""
-    return {"video": openai.omit, "extra_body": {"video": {"id": video_id}}}
+    return {"video": openai.omit, "extra_body": {"video": {"id": video_id}} | fields}
 
 
 def make_png(colour: int = 200, size: int = 64) -> bytes:

@@ -99,7 +99,9 @@ class PlannedConversation:
         if is_asked and not medium:
             return False
         is_edit = reading.goal == "edit" or (not reading.goal and current and is_change_request(reading.text))
-        if medium and not reading.goal:
+        if reading.joined:
+            self.add(replace(self.results[reading.joined[0] - 1], sources=reading.joined))
+        elif medium and not reading.goal:
             self.add(replace(self.results[current - 1], medium=medium, sources=(current,)))
         elif is_edit:
             number = int(reading.reference) if reading.reference.isdigit() else current

@@ -39,6 +39,7 @@ LONG = (
     # Fault matrices, in which brokers, workers and runs are killed.
     "backends/decoder/test_rollout.py::test_weights_are_replaced_under_load*",
     "backends/queue/test_celery.py::test_killed_workers_lose_no_job*",
+    "backends/queue/test_celery.py::test_a_killed_workers_extension*",
     "backends/queue/test_celery.py::test_a_terminated_worker*",
     "backends/queue/test_celery.py::test_a_child_that_loads_slowly*",
     "backends/queue/test_celery.py::test_a_clip_may_take_longer*",

@@ -13,12 +13,15 @@ from omnivideo.agent.small_world.readings import Context, Reading, ReadingKind
 from omnivideo.agent.small_world.referring import list_object_names, read_current_scene
 from omnivideo.agent.small_world.scenes import DescribedScene, read_scene
 from omnivideo.agent.small_world.wordings import load_pattern
+from omnivideo.presets import ContinuationTask
 
 SECOND_MOTION = re.compile(r"\b(?:then|after that|afterwards|next)\b")
 OPPOSITE_MOTIONS = {
     "left": "right", "right": "left", "up": "down", "down": "up", "growing": "shrinking", "shrinking": "growing",
 }  # fmt: skip
 TASK_BY_KIND = {"length": "video-extension"}
+SIZE_MOTION = re.compile(r"\b(?:shrink|grow)(?:s|ing)?\b", re.IGNORECASE)
+MOTION_KINDS = ("motion", "speed", "path", "medium")  # of a picture, they make a clip
 
 
 def read_changes(
@@ -32,7 +35,12 @@ def read_changes(
             return [Reading(kind, text, message=problem)]
     is_second_motion = bool(SECOND_MOTION.search(normalized)) and any(change.kind == "motion" for change in expanded)
     is_second_motion = is_second_motion and "path" in context.preset.edits
-    if any(change.kind == "length" for change in expanded) or reference == "described" or is_second_motion:
+    if any(change.kind == "length" for change in expanded):
+        return read_extension(text, expanded, reference, context)
+    medium = context.artifacts[int(reference) - 1].medium if reference.isdigit() else context.medium
+    if medium == "image" and any(change.kind in MOTION_KINDS for change in expanded):
+        return read_animation(text, expanded, reference)
+    if reference == "described" or is_second_motion:
         return [Reading("do", text)]
     if (
         expanded == list(changes)
@@ -43,15 +51,71 @@ def read_changes(
         if context.is_changed:  # whether the result before it is a clip is not known yet
             return [Reading("do", text)]
         return [Reading("do", text, goal="edit", medium=context.medium or "", reference="current")]
-    medium = context.medium or ""
-    if reference:
-        number = int(reference)
-        medium = context.artifacts[number - 1].medium
-    first = Reading("do", expanded[0].text, goal="edit", medium=medium, reference=reference or "current")
     return [
-        first,
-        *(Reading("do", change.text, goal="edit", medium=medium, reference="last") for change in expanded[1:]),
+        Reading("do", change.text, goal="edit", medium=medium or "", reference=place)
+        for change, place in zip(expanded, list_places(reference, len(expanded)), strict=True)
     ]
+
+
+def list_places(reference: str, count: int) -> list[str]:
+    """Return what each of several changes refers to: the first to what is meant, the others to the result before."""
+    return [reference or "current", *["last"] * (count - 1)]
+
+
+def read_extension(text: str, changes: Sequence[WordedChange], reference: str, context: Context) -> list[Reading]:
+    """Return the readings of a request for a longer clip: it may go on otherwise, and other changes follow."""
+    if context.medium == "image" and not reference:
+        return [Reading("ask", text, message=replies.STILL_LENGTH_QUESTION)]
+    others = [change for change in changes if change.kind not in ("length", "motion", "speed", "path")]
+    extended = text if not others else replies.EXTENSION_REQUEST
+    return [
+        build_task_reading(extended, "video-extension", reference),
+        *(Reading("do", change.text, goal="edit", medium="video", reference="last") for change in others),
+    ]
+
+
+def read_animation(text: str, changes: Sequence[WordedChange], reference: str) -> list[Reading]:
+    """Return the readings of a request to animate a picture, which other changes of it precede."""
+    moves = [change.text for change in changes if change.kind in ("motion", "speed", "path")]
+    others = [change for change in changes if change.kind not in MOTION_KINDS]
+    if not others:
+        return [build_task_reading(text, "image-to-video", reference)]
+    places = list_places(reference, len(others) + 1)
+    readings = [
+        Reading("do", change.text, goal="edit", medium="image", reference=place)
+        for change, place in zip(others, places, strict=False)
+    ]
+    return [*readings, build_task_reading(" and ".join(moves) or "animate it", "image-to-video", places[-1])]
+
+
+def join_motions(parts: Sequence[str], context: Context) -> list[str]:
+    """Return the parts of a turn with those in one that say how a picture moves, since its clip is made at once."""
+    if context.medium != "image" or "image-to-video" not in context.preset.sampling:
+        return list(parts)
+    joined = list[str]()
+    for part in parts:
+        if joined and says_motion(joined[-1]) and says_motion(part):
+            joined[-1] = f"{joined[-1]} and {part}"
+        else:
+            joined.append(part)
+    return joined
+
+
+def says_motion(text: str) -> bool:
+    """Return whether all that a text says is that a picture is animated, and how its objects move."""
+    tokens = tokenize(text)
+    if any(token.get("task") == "image-to-video" for token in tokens):
+        return True
+    changes = read_edit(tokens, is_still=True).changes
+    return bool(changes) and all(
+        change.kind in MOTION_KINDS or (change.kind == "resize" and SIZE_MOTION.search(text)) for change in changes
+    )
+
+
+def build_task_reading(text: str, task: ContinuationTask, reference: str = "", last_frame: int = 0) -> Reading:
+    """Return the reading of a request for a clip that begins with what there is; a description is left to the words."""
+    place = {"": "current", "described": ""}.get(reference, reference)
+    return Reading("do", text, goal="edit", medium="video", reference=place, task=task, last_frame=last_frame)
 
 
 def expand_change(change: WordedChange, context: Context) -> list[WordedChange]:

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from omnivideo.agent import english_rules, media_words
-from omnivideo.agent.commands import find_command
+from omnivideo.agent.commands import NUMBERS, find_command
 from omnivideo.agent.small_world import replies, talk
 from omnivideo.agent.small_world.change_requests import (
     build_scene_of_count,
+    build_task_reading,
     correct_background,
     find_missing_target,
     names_places,
@@ -40,6 +41,13 @@ DURATION = re.compile(
     r"\b(?:\d+(?:\.\d+)?[ -]?s\b|(?:\d+(?:\.\d+)?[ -]?|(?:one|two|three|four|five|six|eight|ten|twenty|thirty)[ -]"
     r"|half an? )(?:secs?|seconds?|mins?|minutes?|hours?|frames?)\b|an? (?:minute|hour)\b)(?! ago\b)"
 )
+SECOND_NUMBERS = NUMBERS | {"nine": 9, "ten": 10}
+ADDED_SECONDS = re.compile(
+    rf"\b(\d+(?:\.\d+)?|{'|'.join(sorted(SECOND_NUMBERS, key=len, reverse=True))})"
+    r"[ -](?:more |extra |other )?(?:seconds?|secs?|s)\b"
+)
+ADDING = re.compile(r"\b(?:longer|add|extend|another|more|extra|continue|prolong|lengthen|by)\b")
+ATTACHED_TO = re.compile(r"\b(?:attach|append|add|glue|put)\b.*\b(?:to|after|behind|at the end of)\b")
 CORNERS = re.compile(r"\b(?:with|has|having) (?:only |exactly )?(no|one|two|three|four|five|six) corners\b")
 
 
@@ -83,7 +91,8 @@ def read_action(text: str, context: Context) -> list[Reading]:
     impossible = [token.text for token in tokens if token.has("impossible")]
     if impossible:
         return [Reading("decline", text, message=replies.build_unknown_reply(impossible, context.preset, len(tokens)))]
-    if is_in_trained_words(text, normalized, tokens, context):
+    is_task = context.medium is not None and any(token.has("task") for token in tokens)
+    if not is_task and is_in_trained_words(text, normalized, tokens, context):
         return [Reading("do", text)]
     return read_request(text, normalized, tokens, context)
 
@@ -128,12 +137,15 @@ def read_request(text: str, normalized: str, tokens: Sequence[Token], context: C
     other_medium = context.medium and media_words.find_requested_medium(text, context.medium)
     if other_medium == "image" or (other_medium and context.preset.animates_pictures):
         return [Reading("do", text)]  # a still of a clip needs no model
-    tasks = [token.get("task") or "" for token in tokens if token.has("task")]
+    reference, named_tokens = find_ordinal(text, tokens, context)
+    tasks = [token.get("task") or "" for token in (*tokens, *named_tokens) if token.has("task")]
     if tasks and context.medium:
         return [read_task(text, tasks[0], context)]
+    if (timed := read_timed_extension(normalized, tokens, reference, context)) is not None:
+        return [timed]
     if DURATION.search(normalized):
         return [Reading("decline", text, message=replies.DURATION_ANSWER)]
-    reference, tokens = find_ordinal(text, tokens, context)
+    tokens = named_tokens
     unknown = [token.text for token in tokens if not token.is_known]
     if unknown:
         return [build_unknown(text, tokens, unknown, context)]
@@ -169,6 +181,18 @@ def read_request(text: str, normalized: str, tokens: Sequence[Token], context: C
     return [replace(reading, targets=targets, removed=tuple(edit.removed)) for reading in readings]
 
 
+def read_timed_extension(normalized: str, tokens: Sequence[Token], reference: str, context: Context) -> Reading | None:
+    """Return the reading of "make it two seconds longer"; None for other requests, and where it is not possible."""
+    seconds = ADDED_SECONDS.search(normalized)
+    if seconds is None or not ADDING.search(normalized) or context.medium != "video":
+        return None
+    if "video-extension" not in context.preset.sampling or has_world_words(tokens):
+        return None
+    number = float(SECOND_NUMBERS.get(seconds[1]) or seconds[1])
+    extension = build_task_reading(replies.EXTENSION_REQUEST, "video-extension", reference)
+    return replace(extension, seconds=number)
+
+
 def find_ordinal(text: str, tokens: Sequence[Token], context: Context) -> tuple[str, Sequence[Token]]:
     """Return the number of the artifact that "the second clip" names, and the tokens with "it" in its place."""
     match = english_rules.find_by_ordinal(text, context.artifacts)
@@ -197,9 +221,38 @@ def build_unknown(text: str, tokens: Sequence[Token], unknown: list[str], contex
 
 
 def read_task(text: str, task: str, context: Context) -> Reading:
-    if task in context.preset.sampling:
-        return Reading("do", text)
-    return Reading("decline", text, message=replies.build_impossible_reply(task, context.preset))
+    """Return the reading of a request to animate a picture, to go from one picture to another, or to join clips."""
+    if task == "join-clips":
+        return read_joining(text, context)
+    if task not in context.preset.sampling:
+        return Reading("decline", text, message=replies.build_impossible_reply(task, context.preset))
+    pictures = [number for number, artifact in enumerate(context.artifacts, start=1) if artifact.medium == "image"]
+    if task == "keyframes-to-video":
+        if len(pictures) < 2:
+            return Reading("ask", text, message=replies.TWO_PICTURES_QUESTION)
+        return build_task_reading(text, "keyframes-to-video", str(pictures[-2]), pictures[-1])
+    reference = find_ordinal(text, (), context)[0]
+    named = int(reference) if reference.isdigit() else context.number
+    if named not in pictures and reference != "described":
+        return Reading("do", text)  # a clip moves already; its motion may change
+    return build_task_reading(text, "image-to-video", reference)
+
+
+def read_joining(text: str, context: Context) -> Reading:
+    """Return the reading of a request to make one clip of several: those that are named, all, or the last two."""
+    clips = [number for number, artifact in enumerate(context.artifacts, start=1) if artifact.medium == "video"]
+    words = normalize_text(text)
+    named = [index for word in words.split() if (index := english_rules.ORDINAL_INDEX.get(word)) is not None]
+    joined = list(dict.fromkeys(clips[index] for index in named if -len(clips) <= index < len(clips)))
+    if len(joined) < 2:
+        count = len(clips) if re.search(r"\ball\b", words) else 3 if re.search(r"\bthree\b", words) else 2
+        joined = clips[-count:]
+    elif ATTACHED_TO.search(words):  # "attach the second to the first"
+        joined.reverse()
+    if len(joined) < 2:
+        return Reading("ask", text, message=replies.TWO_CLIPS_QUESTION)
+    reference, numbers = str(joined[0]), tuple(joined)
+    return Reading("do", text, goal="edit", medium="video", reference=reference, joined=numbers)
 
 
 # ---------------------------------------------------------------- something new

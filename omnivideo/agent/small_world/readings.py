@@ -6,7 +6,7 @@ from typing import Literal
 
 from omnivideo.agent.small_world.questions import FileFact
 from omnivideo.contracts import Artifact, Medium
-from omnivideo.presets import Preset
+from omnivideo.presets import ContinuationTask, Preset
 from omnivideo.turns import ExecutedCommand
 
 ReadingKind = Literal["do", "say", "ask", "decline", "command", "fact"]
@@ -33,7 +33,9 @@ class Reading:
     """What is to be done for one action: the text for the MLLM and, where the words say it, the medium of the result.
 
     `message` is what the user is told or asked instead. `reference` is the number of the artifact that is meant, "new",
-    or "" for what the words of `text` refer to.
+    or "" for what the words of `text` refer to. `task` is that of a clip which begins with given frames, `last_frame`
+    the number of the picture that it ends with, and `seconds` what is added to a clip, if it is said. `joined` are the
+    numbers of the clips that become one.
     """
 
     kind: ReadingKind
@@ -46,3 +48,7 @@ class Reading:
     reference: str = ""
     command: ExecutedCommand | None = None
     fact: FileFact | None = None
+    task: ContinuationTask | None = None
+    last_frame: int = 0
+    seconds: float = 0
+    joined: tuple[int, ...] = ()

@@ -17,7 +17,7 @@ IMPOSSIBLE_PHRASES = {
     "speed": "change speeds", "path": "make motions in two legs",
     "video-extension": "make clips longer", "length": "change the length of clips", 
     "image-to-video": "animate pictures",
-    "keyframes-to-video": "make the clip between two pictures", "join-clips": "join clips",
+    "keyframes-to-video": "make the clip between two pictures",
     "medium": "turn a clip into a picture",
 }  # fmt: skip
 NOT_ENGLISH = "I understand English only."
@@ -29,6 +29,10 @@ DURATION_ANSWER = (
     "I cannot choose from words how long a clip lasts. All my clips have the same number of frames; the option"
     " `seconds` of a request sets how long they take."
 )
+EXTENSION_REQUEST = "make it longer"
+STILL_LENGTH_QUESTION = "A picture has no length. Should I animate it, or what else should I do with it?"
+TWO_CLIPS_QUESTION = "That takes two clips, and I see fewer. What should I make?"
+TWO_PICTURES_QUESTION = "That takes two pictures, and I see fewer. What should I make?"
 NOTHING_QUESTION = "There is nothing to look at yet. What should I create?"
 COUNT_QUESTION = "How many should there be? I can show up to four."
 DIRECTION_QUESTION = "Which way should it move: left, right, up or down?"

@@ -7,6 +7,7 @@ from dataclasses import replace
 from omnivideo.agent import english_rules
 from omnivideo.agent.commands import find_command
 from omnivideo.agent.small_world import replies, talk
+from omnivideo.agent.small_world.change_requests import join_motions
 from omnivideo.agent.small_world.change_splitting import split_bare_changes, split_changes
 from omnivideo.agent.small_world.changed_scenes import describe_changed_scene
 from omnivideo.agent.small_world.edits import read_edit
@@ -60,6 +61,7 @@ def read_turn(text: str, context: Context) -> list[Reading]:
         parts = [f"add {parts[0].removeprefix('with ')}"]
     if context.medium and len(parts) > 1:
         parts = [change for part in parts for change in split_bare_changes(part, context) or [part]]
+        parts = join_motions(parts, context)
     wishes = [part for part in parts if context.medium is None or not is_statement(part)]
     if not wishes:
         return [Reading("ask", text, message=replies.build_unclear_question())]

@@ -17,9 +17,9 @@ from omnivideo.api.dependencies import ContextDep, MLLMServer, ServiceContext
 from omnivideo.api.errors import ERROR_RESPONSES
 from omnivideo.api.request_body import ServiceRoute
 from omnivideo.api.stores import WorkerStore
-from omnivideo.contracts import JOB_SECONDS, JobDurations
 from omnivideo.errors import OmniVideoError, StoreError
 from omnivideo.ports import JobStore
+from omnivideo.records import JOB_SECONDS, JobDurations
 
 router = APIRouter(route_class=ServiceRoute, tags=["operation"], responses=ERROR_RESPONSES)
 WORKER_LIFETIME_SECONDS = 30.0  # after its last report; workers report every 10 s

@@ -21,6 +21,7 @@ from omnivideo.api.generation import (
     JobRequest,
     build_remix_job,
     build_video_edit_job,
+    build_video_extension_job,
     build_video_job,
     build_video_jobs,
     find_live_job,
@@ -28,7 +29,7 @@ from omnivideo.api.generation import (
     repeat_video_job,
     submit_jobs,
 )
-from omnivideo.api.generation_requests import ClipRequest, VideoEditRequest, VideoRequest
+from omnivideo.api.generation_requests import ClipRequest, VideoEditRequest, VideoExtensionRequest, VideoRequest
 from omnivideo.api.media import build_range_response, content_from_bytes, content_from_store, has_expired
 from omnivideo.api.request_body import BodyFields, ServiceRoute, document_request_body, validate_fields
 from omnivideo.api.waiting import CLIENT_CLOSED_REQUEST
@@ -36,6 +37,7 @@ from omnivideo.api.waiting_jobs import WaitingJobs
 from omnivideo.contracts import Artifact, JobState, JobStatus
 from omnivideo.errors import InvalidInput
 from omnivideo.media.artifacts import convert_picture
+from omnivideo.presets import get_preset
 
 router = APIRouter(route_class=ServiceRoute, prefix="/v1/videos", tags=["videos"], responses=ERROR_RESPONSES)
 VideoStatus = Literal["queued", "in_progress", "completed", "failed", "cancelled", "expired"]
@@ -127,11 +129,15 @@ def require_video(context: ServiceContext, video_id: str, owner: str) -> JobStat
 # ---------------------------------------------------------------- routes
 
 
-@router.post("", response_model_exclude_none=True, openapi_extra=document_request_body(VideoRequest, "input_reference"))
+@router.post(
+    "",
+    response_model_exclude_none=True,
+    openapi_extra=document_request_body(VideoRequest, "input_reference", "last_image"),
+)
 def create_video(
     context: ContextDep, owner: OwnerDep, fields: BodyFields, idempotent_request: IdempotencyDep
 ) -> VideoObject:
-    """Generate a clip from the prompt, or edit the `input_reference` as the prompt says.
+    """Generate a clip from the prompt, begin with the picture in `input_reference`, or edit the reference.
 
     The same Idempotency-Key with the same request returns the same video, in its current state.
     """
@@ -164,7 +170,7 @@ def submit_video(
     "/sync",
     response_class=Response,
     responses={200: {"content": {"video/mp4": {}}, "description": "The clip"}},
-    openapi_extra=document_request_body(VideoRequest, "input_reference"),
+    openapi_extra=document_request_body(VideoRequest, "input_reference", "last_image"),
 )
 async def create_video_and_wait(
     request: Request,
@@ -199,11 +205,26 @@ def edit_video(
     return submit_video(context, owner, idempotent_request, payload, build_job)
 
 
-@router.post("/extensions", response_model=None)
-def extend_video(owner: OwnerDep) -> None:
-    """Refuse the request: the model generates a clip in one piece and cannot continue an existing one."""
-    message = "this model cannot continue a clip; generate a longer one (seconds), or edit one (/v1/videos/edits)"
-    raise APIError(400, message, None, "unsupported")
+@router.post(
+    "/extensions", response_model_exclude_none=True, openapi_extra=document_request_body(VideoExtensionRequest, "video")
+)
+def extend_video(
+    context: ContextDep, owner: OwnerDep, fields: BodyFields, idempotent_request: IdempotencyDep
+) -> VideoObject:
+    """Continue a video, uploaded or generated here, as the prompt says; the new video begins with the old one.
+
+    `seconds`, or `num_frames`, is what is added. A model that cannot continue clips refuses every request.
+    """
+    tasks = get_preset(context.settings.preset).sampling
+    if "video-extension" not in tasks:
+        message = f"video: this model cannot continue a clip; its tasks are {', '.join(tasks)}"
+        raise APIError(400, message, "video", "unsupported")
+    payload = validate_fields(VideoExtensionRequest, fields)
+
+    def build_job(job_id: str) -> JobRequest:
+        return build_video_extension_job(context, owner, payload, job_id)
+
+    return submit_video(context, owner, idempotent_request, payload, build_job)
 
 
 @router.post("/{video_id}/remix", response_model_exclude_none=True, openapi_extra=document_request_body(ClipRequest))

@@ -28,6 +28,7 @@ def pack_resume_point(state: DenoisingState, model: ModelIdentity, jobs: Sequenc
     """Return the file of a state of prepared jobs, for `unpack_resume_point`."""
     tensors = {"latents": state.latents, "before": state.previous_sample, "step": torch.tensor(state.step)}
     tensors |= {f"output{index}": output for index, output in enumerate(state.model_outputs)}
+    tensors |= {f"finished{index}": latents for index, latents in enumerate(state.finished)}
     metadata = describe_pass(model, jobs) | {"visual_tokens": json.dumps([job.visual_tokens for job in jobs])}
     return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
 
@@ -46,15 +47,17 @@ def unpack_resume_point(
         return None
     # Cloned for alignment, as in get_tensors.
     tensors = {name: tensor.clone().to(device) for name, tensor in load(data).items()}
-    outputs = tuple(tensors[f"output{index}"] for index in range(2) if f"output{index}" in tensors)
-    return ResumePoint(
-        DenoisingState(int(tensors["step"]), tensors["latents"], tensors["before"], outputs), visual_tokens
+    outputs, finished = (
+        tuple(tensors[name] for index in range(len(tensors)) if (name := f"{prefix}{index}") in tensors)
+        for prefix in ("output", "finished")
     )
+    state = DenoisingState(int(tensors["step"]), tensors["latents"], tensors["before"], outputs, finished)
+    return ResumePoint(state, visual_tokens)
 
 
 def describe_pass(model: ModelIdentity, jobs: Sequence[Job]) -> dict[str, str]:
-    """Return what decides the bytes of a pass: the model, and each job's prompt, source and settings, in order."""
-    requests = [job.model_dump(include={"prompt", "source", "params"}) for job in jobs]
+    """Return what decides the bytes of a pass: the model, and each job's prompt, sources and settings, in order."""
+    requests = [job.model_dump(include={"prompt", "source", "last_frame", "params"}) for job in jobs]
     return model.model_dump() | {"requests": json.dumps(requests, sort_keys=True)}
 
 

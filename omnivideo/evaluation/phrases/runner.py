@@ -4,7 +4,7 @@ The messages before a phrase are sent first, in the same new thread. The facts o
 the preset's world has a scorer; otherwise only the behaviour is judged.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -39,9 +39,11 @@ class JudgedPhrase(EntryModel):
 def list_capabilities(preset: Preset) -> frozenset[Capability]:
     """Return what the preset declares: its tasks, and, in the synthetic world, the kinds of edits that it knows."""
     every = frozenset[Capability](get_args(Capability))
-    tasks = {
+    tasks: set[Capability] = {
         name for name in every if name in preset.sampling or (name == "image-to-video" and preset.animates_pictures)
     }
+    if preset.prompts == "keywords":  # the words are read, and no weights are needed for it
+        tasks.add("join-clips")
     if not preset.has_scorer:
         return frozenset(tasks | {name for name in every if name.startswith("edit:")}) | {
             "open-world", "other-languages",
@@ -109,7 +111,7 @@ def say_phrase(thread: Any, phrase: Phrase, read_facts: ReadFacts | None, **opti
         is_question=bool(question),
         declined=any(result.goal == "decline" for result in results),
         commands=tuple(result.command for result in results if result.command),
-        artifacts=build_produced_artifacts(thread.get_artifacts(), earlier, read_facts),
+        artifacts=build_produced_artifacts(thread.get_artifacts(), earlier, read_facts, find_joined(results)),
         earlier=earlier,
         current=find_number(thread.get_artifacts(), thread.get_current_key()),
     )
@@ -127,16 +129,28 @@ def find_number(artifacts: Sequence[Artifact], key: str | None) -> int:
     return max((number for number, artifact in enumerate(artifacts, start=1) if artifact.key == key), default=0)
 
 
+def find_joined(results: Sequence[ActionResult]) -> dict[str, tuple[int, ...]]:
+    """Return the numbers of the clips that joined clips are made of, by the keys of the joined clips."""
+    numbers = {
+        result.artifact.key: (result.action.details or {}).get("joined") for result in results if result.artifact
+    }
+    return {key: tuple(joined) for key, joined in numbers.items() if isinstance(joined, list)}
+
+
 def build_produced_artifacts(
-    artifacts: Sequence[Artifact], earlier: int, read_facts: ReadFacts | None
+    artifacts: Sequence[Artifact], earlier: int, read_facts: ReadFacts | None, joined: Mapping[str, tuple[int, ...]]
 ) -> tuple[ProducedArtifact, ...]:
     """Return the results of the turn: the artifacts after the `earlier` ones."""
+    sources = {
+        number: (find_number(artifacts[: number - 1], artifact.source),) if artifact.source else ()
+        for number, artifact in enumerate(artifacts, start=1)
+    }
     return tuple(
         ProducedArtifact(
             number=number,
             medium=artifact.medium,
             frames=artifact.frames,
-            sources=(find_number(artifacts[: number - 1], artifact.source),) if artifact.source else (),
+            sources=joined.get(artifact.key, sources[number]),
             facts=read_facts(artifact) if read_facts else None,
         )
         for number, artifact in enumerate(artifacts, start=1)

@@ -33,7 +33,7 @@ RENDERED_FIELDS = sorted({*Job.model_fields, *SamplingParams.model_fields, *Deli
 
 
 class states_unknown_fields(FunctionElement[bool]):
-    """Whether a job's body has a field, other than its source's, that this version does not know.
+    """Whether a job's body has a field, other than those of its sources, that this version does not know.
 
     It may decide the bytes of the clip, so the job is left to workers that know it.
     """
@@ -45,7 +45,7 @@ class states_unknown_fields(FunctionElement[bool]):
 @compiles(states_unknown_fields, "sqlite")
 def compile_unknown_fields_sqlite(element: states_unknown_fields, compiler: SQLCompiler, **kw: object) -> str:
     body, known = compiler.process(element.clauses, **kw), ", ".join(f"'{name}'" for name in RENDERED_FIELDS)
-    keys = f"json_tree(json_remove({body}, '$.source'))"
+    keys = f"json_tree(json_remove({body}, '$.source', '$.last_frame'))"
     return f"EXISTS (SELECT 1 FROM {keys} WHERE typeof(key) = 'text' AND key NOT IN ({known}))"
 
 
@@ -53,7 +53,7 @@ def compile_unknown_fields_sqlite(element: states_unknown_fields, compiler: SQLC
 def compile_unknown_fields_postgresql(element: states_unknown_fields, compiler: SQLCompiler, **kw: object) -> str:
     body, known = compiler.process(element.clauses, **kw), ", ".join(f"'{name}'" for name in RENDERED_FIELDS)
     objects = """'$.** ? (@.type() == "object").keyvalue().key'"""
-    keys = f"jsonb_path_query({body}::jsonb - 'source', {objects}) AS field"
+    keys = f"jsonb_path_query({body}::jsonb - 'source' - 'last_frame', {objects}) AS field"
     return f"EXISTS (SELECT 1 FROM {keys} WHERE field #>> '{{}}' NOT IN ({known}))"
 
 

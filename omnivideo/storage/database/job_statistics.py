@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, case, delete, func, select, update
 
-from omnivideo.contracts import JOB_SECONDS, DurationCounts, JobDurations
+from omnivideo.records import JOB_SECONDS, DurationCounts, JobDurations
 from omnivideo.storage.database.job_rows import LANES
 from omnivideo.storage.database.repository import Repository, unix_now
 from omnivideo.storage.database.schema import job_totals, jobs

@@ -408,9 +408,9 @@ class JobRepository(JobStatistics, JobLimits):
         keys: set[str | None] = set()
         for row in self.fetch_all(columns.where(or_(jobs.c.state.in_(OPEN_STATES), has_result))):
             job, result = job_from_row(row), row.result or {}
-            source = job.source.model_dump() if job.source else {}
+            sources = [source.model_dump() for source in (job.source, job.last_frame) if source]
             keys |= {row.resume_key, row.preview, job.visual_tokens, job.mask}
-            keys |= {artifact.get(name) for artifact in (source, result) for name in ARTIFACT_KEYS}
+            keys |= {artifact.get(name) for artifact in (*sources, result) for name in ARTIFACT_KEYS}
         return {key for key in keys if key}
 
     def count_queued(self) -> int:

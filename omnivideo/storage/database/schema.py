@@ -73,8 +73,8 @@ job_totals = Table(  # of the ended jobs whose rows were removed, so that the me
     Column("state", String(10), primary_key=True),
     Column("jobs", Integer, nullable=False),
     Column("steps", BigInteger, nullable=False),  # denoising steps of jobs that are done
-    Column("queued", JSON, nullable=False),  # contracts.DurationCounts
-    Column("generated", JSON, nullable=False),  # contracts.DurationCounts
+    Column("queued", JSON, nullable=False),  # records.DurationCounts
+    Column("generated", JSON, nullable=False),  # records.DurationCounts
 )
 
 stored_objects = Table(  # what the service has written into the object store; others may write there too

@@ -20,7 +20,7 @@ from omnivideo.models.positions import add_absolute_positions
 from omnivideo.models.weights.checkpoint import load_bridge, load_strict, save, save_library_model
 from omnivideo.models.weights.shipped import SHIPPED_WEIGHTS_FOLDER
 from omnivideo.presets import TINY, Task
-from omnivideo.synthetic.requests import CONTINUATION_TASKS, ContinuationTask, sample_requests
+from omnivideo.synthetic.requests import CONTINUATION_TASKS, sample_requests
 from omnivideo.synthetic.scenes import CLIP_FRAMES, LONG_CLIP_FRAMES, stream_scenes
 from omnivideo.training.data.batch import CachedTask
 from omnivideo.training.engine.recipe import Recipe
@@ -252,7 +252,7 @@ class TinyPipeline:
         """Build a recipe over cached features of the four tasks, with more edits for each of `extra_edit_seeds`."""
         omni, encoder = self.load_omni(after_recipe), self.load_visual_encoder()
 
-        def load_task(seed: int, task: Task | ContinuationTask, is_long: bool = False) -> CachedTask:
+        def load_task(seed: int, task: Task, is_long: bool = False) -> CachedTask:
             count, frame_count = (LONG_REQUESTS, LONG_CLIP_FRAMES) if is_long else (REQUESTS_PER_TASK, None)
             requests = sample_requests(seed, task, count, frame_count)
             return load_cached_task(self.runs_folder / "cache", omni, encoder, requests, self.preparation)

@@ -15,6 +15,8 @@ from omnivideo.backends.queue.reaper import Reaper
 from omnivideo.contracts import Artifact, Job, resolve_sampling_params
 from omnivideo.errors import JobCancelled
 from omnivideo.presets import TINY
+from omnivideo.presets.shapes import SourceLength
+from tests.support.continuations import PRESET, make_frames, store_frames
 from tests.support.deployments import HEARTBEAT_TIMEOUT, Deployment
 from tests.support.openai_service import wait_until
 from tests.support.servers import postgres, rabbitmq, redis
@@ -87,6 +89,32 @@ def test_killed_workers_lose_no_job(deployment):
     status = deployment.jobs.get_status("killed_worker")
     assert (status.state, status.result.key) == ("done", uninterrupted.key)
     assert deployment.jobs.count_queued() == 0
+
+
+def test_a_killed_workers_extension_continues_in_its_second_pass(deployment):
+    """Two passes of 40 steps; the last saved state has the latents of the first."""
+    clip, still = (store_frames(deployment.store, make_frames(count)) for count in (9, 1))
+    length = SourceLength(clip.frames, clip.fps)
+    params = resolve_sampling_params(PRESET, "video-extension", length, seed=5, steps=40, frames=16)
+    jobs = [
+        Job(id=name, prompt="it moves", visual_tokens=None, source=clip, params=params, preset="tiny")
+        for name in ("extended", "extended_with_a_loss")
+    ]
+    with deployment.run_worker("-m", "tests.support.continuation_worker") as worker:
+        uninterrupted = list(deployment.queue.run(jobs[0]))[-1]
+        assert uninterrupted.frames == 25
+        deployment.jobs.submit(jobs[1])
+        deployment.notify_workers()
+        deployment.wait_for(jobs[1].id, step=50)
+        os.kill(find_child(worker), signal.SIGKILL)
+        deployment.wait_for(jobs[1].id, ended=True)
+        status = deployment.jobs.get_status(jobs[1].id)
+        assert (status.state, status.attempt, status.steps) == ("done", 2, 80)
+        assert status.result.key == uninterrupted.key
+
+        params = resolve_sampling_params(PRESET, "keyframes-to-video", steps=2)
+        job = Job(id="frames", prompt="a", visual_tokens=None, source=still, last_frame=still, params=params)
+        assert list(deployment.queue.run(job))[-1].source == still.key
 
 
 class Payload:
