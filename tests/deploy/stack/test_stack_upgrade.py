@@ -24,6 +24,7 @@ revision, down_revision = "9999", "{head}"
 def upgrade() -> None:
     op.execute("ALTER TABLE jobs ADD COLUMN of_a_later_version INTEGER")
 '''
+SUBMIT_SECONDS = 4.0  # slower than a clip is rendered beside a build, which can take a quarter of an hour
 
 
 def commit(checkout: Path, version: str) -> None:
@@ -69,7 +70,7 @@ def test_an_upgrade_and_a_rollback_lose_no_clip(stack, http, report):
                 refused_at.extend([time.monotonic()] if answer.status_code == 503 else [])
             except httpx.HTTPError:
                 refused_at.append(time.monotonic())
-            time.sleep(1)
+            time.sleep(SUBMIT_SECONDS)
 
     client = threading.Thread(target=submit)
     client.start()
