@@ -47,7 +47,8 @@ ADDED_SECONDS = re.compile(
     r"[ -](?:more |extra |other )?(?:seconds?|secs?|s)\b"
 )
 ADDING = re.compile(r"\b(?:longer|add|extend|another|more|extra|continue|prolong|lengthen|by)\b")
-ATTACHED_TO = re.compile(r"\b(?:attach|append|add|glue|put)\b.*\b(?:to|after|behind|at the end of)\b")
+ATTACH = re.compile(r"\b(?:attach|append|add|glue|put)\b")
+ATTACHED_TO = re.compile(r"\b(?:to|after|behind|at the end of)\b")  # behind such a word
 CORNERS = re.compile(r"\b(?:with|has|having) (?:only |exactly )?(no|one|two|three|four|five|six) corners\b")
 
 
@@ -247,7 +248,7 @@ def read_joining(text: str, context: Context) -> Reading:
     if len(joined) < 2:
         count = len(clips) if re.search(r"\ball\b", words) else 3 if re.search(r"\bthree\b", words) else 2
         joined = clips[-count:]
-    elif ATTACHED_TO.search(words):  # "attach the second to the first"
+    elif (attach := ATTACH.search(words)) and ATTACHED_TO.search(words, attach.end()):  # "attach the second to ..."
         joined.reverse()
     if len(joined) < 2:
         return Reading("ask", text, message=replies.TWO_CLIPS_QUESTION)
