@@ -3,8 +3,7 @@
 `action_texts`, `action_references`, `action_goals`, `action_messages` and `action_details` are lists with an entry for
 each action. A detail is a dictionary: the `medium` of the result if it is certain, a `command`, a `fact` that is asked
 for, a `seed_offset` of a variation, and the `task` of a clip that begins with given frames, with the number of the
-picture that is its `last_frame`, or the `seconds` that are added. `joined` are
-the numbers of clips that become one.
+picture that is its `last_frame`, or the `seconds` that are added. `joined` are the numbers of clips that become one.
 """
 
 import re
