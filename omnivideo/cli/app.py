@@ -139,8 +139,7 @@ def open_studio(preset: str, weights: Path | None, device: str, home: Path | Non
 def save_result(result: "Result", output: Path) -> None:
     """Write the result and its manifest, and print the file's name, length and generation time."""
     note = read_sound_note(result.save(output))
-    seconds = result.manifest.seconds
-    summary = f" ({len(result.frames)} frames, made in {sum(seconds.values()):.1f} s)"
+    summary = f" ({len(result.frames)} frames, made in {sum(result.seconds_by_stage.values()):.1f} s)"
     console.print(Text.assemble(str(output), (summary, "dim")), soft_wrap=True)
     if note is not None:
         console.print(f"sound of the source: {note}", highlight=False, markup=False, soft_wrap=True)
