@@ -110,7 +110,7 @@ class SoundTrack:
     def append_packets(self, container: InputContainer, start: float, seconds: float) -> None:
         """Append the packets of a container's sound from 0 to `seconds` of its video, for `start` s of the clip."""
         video_start = min(map(read_start, container.streams.video), default=0.0)
-        packets = list[Packet[Any]]()
+        packets: list[Packet[Any]] = []
         for packet in list_packets(container, container.streams.audio[0], video_start, seconds):
             assert packet.pts is not None and packet.dts is not None and packet.time_base is not None
             shift = round(start / packet.time_base)
