@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -85,6 +85,11 @@ def parse_size(size: str | None) -> dict[str, int | None]:
     """Return WIDTHxHEIGHT as overrides of the preset's size, which are None if no size is given."""
     width, height = (None, None) if size is None else parse_width_height(size)
     return {"width": width, "height": height}
+
+
+def collect_overrides(size: str | None = None, **options: Any) -> dict[str, Any]:
+    """Return the options of a clip that were given, as the methods of a Studio take them; the preset has the others."""
+    return {name: value for name, value in (parse_size(size) | options).items() if value is not None}
 
 
 def parse_width_height(size: str) -> tuple[int, int]:
