@@ -22,6 +22,7 @@ from omnivideo.models.weights.shipped import SHIPPED_WEIGHTS_FOLDER
 from omnivideo.presets import TINY, Task
 from omnivideo.synthetic.requests import CONTINUATION_TASKS, sample_requests
 from omnivideo.synthetic.scenes import CLIP_FRAMES, LONG_CLIP_FRAMES, stream_scenes
+from omnivideo.training.config import SHARD_RECIPES
 from omnivideo.training.data.batch import CachedTask
 from omnivideo.training.engine.recipe import Recipe
 from omnivideo.training.engine.run import RunContext
@@ -45,7 +46,6 @@ from omnivideo.training.tiny.visual_encoder import build_visual_encoder_recipe
 REQUESTS_PER_TASK, LONG_REQUESTS = 12_000, 6_000  # in stages 2b and 3; of clips with 17 frames
 # Each further seed adds as many edits to stage 3, which would otherwise memorise them.
 REQUEST_SEEDS = (1, 3, 4)
-STAGES = ("stage1", "stage2a", "stage2b_generation", "stage2b", "stage3")  # each continues from the one before
 ProgressCallback = Callable[[int, int], None]
 
 
@@ -255,7 +255,7 @@ class TinyPipeline:
         """
         if not self.continues_from_weights:
             return after_recipe
-        stages = STAGES[: STAGES.index(after_recipe) + 1] if after_recipe in STAGES else ()
+        stages = SHARD_RECIPES[: SHARD_RECIPES.index(after_recipe) + 1] if after_recipe in SHARD_RECIPES else ()
         return next((stage for stage in reversed(stages) if self.run.has_run(stage)), "mllm")
 
     def build_flow_recipe(
