@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from av.video.stream import VideoStream
 from omnivideo.media.containers import sniff_format
 from omnivideo.media.decode import CLIP_DEMUXERS, MediaFile, open_container
 from omnivideo.media.limits import MediaLimits
+from omnivideo.media.silence import encode_silence
 
 SOUND_CODECS = ("aac", "mp3", "opus", "flac")  # what browsers play in an mp4
 KEPT = "kept"
 PREROLL_SECONDS = 0.1  # s before the beginning; decoders of sound need some to start with
+MAX_GAP_SECONDS = 0.015  # s by which a sound is moved at most where silence could be inserted
 NO_DECODERS = MediaLimits(codecs=("none",))
 
 
@@ -69,7 +72,7 @@ def join_sounds(clip: bytes, sources: Sequence[SoundSource]) -> tuple[bytes, str
                         track.append_packets(container, start, source.seconds)
                 start += source.seconds
             return (clip, None) if track is None else (mux_sound(clip, track), KEPT)
-    except (av.FFmpegError, OSError, ValueError):
+    except (av.FFmpegError, OSError, ValueError, ArithmeticError):  # also of times that are out of range
         return clip, "left out: it cannot be copied into an mp4"
 
 
@@ -81,7 +84,7 @@ def has_sound(file: MediaFile) -> bool:
             return False
         with open_container(file, demuxer, NO_DECODERS) as container:
             return bool(container.streams.audio)
-    except (av.FFmpegError, OSError, ValueError):
+    except (av.FFmpegError, OSError, ValueError, ArithmeticError):  # also of times that are out of range
         return True
 
 
@@ -108,19 +111,38 @@ class SoundTrack:
         return "" if codec == first_codec else "the sounds of the clips are not coded alike"
 
     def append_packets(self, container: InputContainer, start: float, seconds: float) -> None:
-        """Append the packets of a container's sound from 0 to `seconds` of its video, for `start` s of the clip."""
+        """Append the packets of a container's sound from 0 to `seconds` of its video, for `start` s of the clip.
+
+        The track has no gaps and no overlaps, so players that count samples and those that read times agree. What
+        follows other packets is therefore up to half a packet early or late.
+        """
         video_start = min(map(read_start, container.streams.video), default=0.0)
-        packets: list[Packet[Any]] = []
-        for packet in list_packets(container, container.streams.audio[0], video_start, seconds):
-            assert packet.pts is not None and packet.dts is not None and packet.time_base is not None
-            shift = round(start / packet.time_base)
-            packet.pts, packet.dts = packet.pts + shift, packet.dts + shift
-            if not self.packets or read_packet_end(packet) > start:
-                packets.append(packet)
-        # Packets of a track must not overlap. The first ones of a stream are kept: decoders of the others need them.
-        while packets and self.packets and read_packet_end(self.packets[-1]) > read_packet_time(packets[0]) + 1e-3:
+        packets = [*list_packets(container, container.streams.audio[0], video_start, seconds)]
+        set_missing_durations(packets)
+        move_packets(packets, start)
+        if self.packets:
+            packets = [packet for packet in packets if read_packet_middle(packet) > start]
+        if not packets:
+            return
+        first = read_packet_time(packets[0])
+        if len(self.packets) > 1 and self.template.codec_context.codec.canonical_name != "flac":
+            # The last packet of a file may be shown in part, but decoders return all of it.
+            self.packets[-1].duration = max(self.packets[-1].duration or 0, self.packets[-2].duration or 0)
+        while self.packets and read_packet_middle(self.packets[-1]) > first:
             self.packets.pop()
+        if self.packets:
+            self.fill_gap(first)
+            move_packets(packets, read_packet_end(self.packets[-1]) - first)
         self.packets += packets
+
+    def fill_gap(self, time: float) -> None:
+        """Append silence up to a time, as exactly as its packets allow."""
+        last = self.packets[-1]
+        end = read_packet_end(last)
+        if time - end > min(end - read_packet_middle(last), MAX_GAP_SECONDS):
+            silence = encode_silence(self.template.codec_context, time - end)
+            move_packets(silence, end)
+            self.packets += silence
 
 
 def describe_codec(stream: AudioStream) -> tuple[object, ...]:
@@ -158,9 +180,30 @@ def read_packet_time(packet: "Packet[Any]") -> float:
     return float((packet.dts or 0) * (packet.time_base or 0))
 
 
+def read_packet_middle(packet: "Packet[Any]") -> float:
+    """Return the time of a packet's middle, in s."""
+    return float(((packet.pts or 0) + (packet.duration or 0) / 2) * (packet.time_base or 0))
+
+
 def read_packet_end(packet: "Packet[Any]") -> float:
     """Return the time at which the packet after this one begins, in s."""
     return float(((packet.pts or 0) + (packet.duration or 0)) * (packet.time_base or 0))
+
+
+def set_missing_durations(packets: "Sequence[Packet[Any]]") -> None:
+    """Set the durations that a container does not state, such as Matroska for AAC, from the times of the packets."""
+    for packet, following in pairwise(packets):
+        packet.duration = packet.duration or max(0, (following.pts or 0) - (packet.pts or 0))
+    if len(packets) > 1:
+        packets[-1].duration = packets[-1].duration or packets[-2].duration
+
+
+def move_packets(packets: "Sequence[Packet[Any]]", seconds: float) -> None:
+    """Add a time to those of the packets."""
+    for packet in packets:
+        assert packet.pts is not None and packet.dts is not None and packet.time_base is not None
+        shift = round(seconds / packet.time_base)
+        packet.pts, packet.dts = packet.pts + shift, packet.dts + shift
 
 
 def read_start(stream: VideoStream) -> float:
@@ -175,8 +218,7 @@ def list_packets(
     for packet in container.demux(stream):
         if packet.size == 0 or packet.pts is None or packet.dts is None or packet.time_base is None:
             continue
-        shift = round(origin / packet.time_base)
-        packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
+        move_packets([packet], -origin)
         start = float(packet.pts * packet.time_base)
         if -PREROLL_SECONDS <= start < seconds:
             yield packet

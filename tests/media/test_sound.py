@@ -112,6 +112,23 @@ def test_a_silent_clip_between_two_with_sound_keeps_its_length():
     assert note == "kept" and find_tone(joined, 1.2, 9) == pytest.approx((2, 3), abs=0.05)
 
 
+@pytest.mark.parametrize(("kind", "video_codec", "sound_codec"), [
+    ("mp4", "libx264", "aac"), ("matroska", "libx264", "aac"), ("webm", "libvpx", "libopus"),
+    ("mp4", "libx264", "libmp3lame"), ("matroska", "libx264", "flac"),
+])  # fmt: skip
+def test_a_player_that_counts_samples_plays_joined_sounds_in_time(kind, video_codec, sound_codec):
+    """Chromium ignores gaps in a track, and decoders return all of a packet that a file shows in part."""
+    source, (silent, _) = encode_with_sound(kind, video_codec, sound_codec, 1.5), encode_clip(CLIP[:12], FPS)
+    clip, _ = encode_clip(CLIP[np.arange(180) % 17], FPS)
+    joined, note = join_sounds(clip, [SoundSource(source, 1.5), SoundSource(silent, 1.5), SoundSource(source, 1.5)] * 5)
+    with av.open(io.BytesIO(joined)) as container:
+        samples = np.concatenate([np.abs(frame.to_ndarray()[0].astype(float)) for frame in container.decode(audio=0)])
+    (loud,) = np.nonzero(samples > samples.max() / 3)
+    ends = [loud[index] / RATE for index in np.nonzero(np.diff(loud, append=2**60) > RATE / 5)[0]]
+    expected = [start + 1 for index in range(5) for start in (4.5 * index, 4.5 * index + 3)]
+    assert note == "kept" and ends == pytest.approx(expected, abs=0.03)
+
+
 @pytest.mark.parametrize(("second", "why"), [
     (("webm", "libvpx", "libopus"), "the sounds of the clips are not coded alike"),
     (("mov", "libx264", "pcm_s16le"), "it is coded as pcm_s16le; an mp4 takes aac"),
