@@ -281,7 +281,7 @@ class TurnStore(Protocol):
         forked_from: str | None = None,
         forked_after: int | None = None,
         client_id: str | None = None,
-    ) -> None:
+    ) -> ThreadRecord:
         """Create a thread, which may begin with the turns of another one; `client_id` is what its owner calls it.
 
         Raises InvalidInput if the owner has a thread with that id.

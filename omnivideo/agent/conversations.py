@@ -85,17 +85,18 @@ class Conversations:
 
         Its turns are rendered in the lane.
         """
-        graph = self.get_graph(owner, lane)
-        thread = Thread(graph, name or uuid.uuid4().hex[:12], self.attach_file, self.text_limits)
-        if (name is None or create) and not thread.exists():
-            return thread.initialize_state()
-        return thread.require_existing()
+        thread = self.get_thread(name or uuid.uuid4().hex[:12], owner, lane)
+        return thread.ensure_state() if name is None or create else thread.require_existing()
+
+    def get_thread(self, name: str, owner: str, lane: Lane = "interactive") -> Thread:
+        """Return the thread with this id, which has no turns if its first checkpoint has not been written."""
+        return Thread(self.get_graph(owner, lane), name, self.attach_file, self.text_limits)
 
     def open_fork(self, source_id: str, num_turns: int, name: str, owner: str, lane: Lane = "interactive") -> Thread:
         """Open the thread `name`; if it has no checkpoint, begin it with the first `num_turns` turns of another."""
-        thread = Thread(self.get_graph(owner, lane), name, self.attach_file)
+        thread = self.get_thread(name, owner, lane)
         if not thread.exists():
-            Thread(self.get_graph(owner), source_id, self.attach_file).fork(num_turns, name)
+            self.get_thread(source_id, owner).fork(num_turns, name)
         return thread
 
     def close(self) -> None:

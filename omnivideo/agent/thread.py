@@ -7,6 +7,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -35,6 +36,15 @@ class ThreadIndex(Protocol):
     def read_progress(self, thread_id: str) -> ThreadProgress | None:
         """Return how far a thread has got; None if only its newest checkpoint itself says it."""
         ...
+
+
+@dataclass(frozen=True)
+class ThreadContents:
+    """What a thread has. `question` waits for a reply."""
+
+    turns: tuple[Turn, ...]
+    artifacts: tuple[Artifact, ...]
+    question: str | None
 
 
 def is_turn_complete(snapshot: StateSnapshot) -> bool:
@@ -105,6 +115,10 @@ class Thread:
         self.update_state(self.config, values or initial)
         return self
 
+    def ensure_state(self) -> "Thread":
+        """Write the first checkpoint, unless the thread has one."""
+        return self if self.exists() else self.initialize_state()
+
     def update_state(self, config: Any, updates: dict[str, Any]) -> None:
         """Write a checkpoint with the updates, as after a turn."""
         with tracing_context(enabled=False):
@@ -120,6 +134,7 @@ class Thread:
         branch = Thread(self.graph, name or uuid.uuid4().hex[:12], self.attach_file, self.text_limits)
         if branch.exists():
             raise InvalidInput("thread", f"there is already a thread {name!r}")
+        self.ensure_state()
         snapshot = self.find_snapshot_after(turn)
         if snapshot is None:
             raise InvalidInput("turn", f"{turn} is not a turn of this thread: 0 to {self.get_progress().num_turns}")
@@ -164,6 +179,7 @@ class Thread:
         if progress.has_unfinished_turn:
             yield from self.run_graph(None, progress.num_turns)
             progress = self.get_progress()
+        self.ensure_state()  # to which a turn that fails returns
         turn_input = {
             "text": text,
             "attachments": [artifact.model_dump() for artifact in artifacts],
@@ -255,8 +271,15 @@ class Thread:
         """Return the time of the last change, in ISO 8601."""
         return self.graph.get_state(self.config).created_at or ""
 
+    def get_contents(self) -> ThreadContents:
+        """Return the turns, the artifacts and the open question, all of one checkpoint."""
+        snapshot = self.graph.get_state(self.config)
+        turns = tuple(Turn.parse_stored(turn) for turn in snapshot.values.get("turns", []))
+        artifacts = tuple(Artifact.parse_stored(artifact) for artifact in snapshot.values.get("artifacts", []))
+        return ThreadContents(turns, artifacts, progress_from_state(snapshot).question)
+
     def get_turns(self) -> list[Turn]:
-        return [Turn.parse_stored(turn) for turn in self.graph.get_state(self.config).values.get("turns", [])]
+        return list(self.get_contents().turns)
 
     def get_turn(self, number: int) -> Turn:
         """Return the turn with this number; the first one has number 1."""
@@ -264,10 +287,7 @@ class Thread:
 
     def get_artifacts(self) -> list[Artifact]:
         """Return every attached or generated artifact, in order."""
-        return [
-            Artifact.parse_stored(artifact)
-            for artifact in self.graph.get_state(self.config).values.get("artifacts", [])
-        ]
+        return list(self.get_contents().artifacts)
 
     def has_file(self, key: str) -> bool:
         """Return whether a key is that of an artifact of this thread, of its manifest, or of a file that was saved."""

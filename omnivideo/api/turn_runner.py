@@ -85,6 +85,7 @@ class TurnRunner:
         self.usage = usage
         self.conversations = conversations
         self.heartbeat_timeout_seconds = heartbeat_timeout_seconds
+        self.poll_seconds, self.next_poison_check_at = min(1.0, heartbeat_timeout_seconds / 4), 0.0
         self.max_concurrent_turns = max_concurrent_turns
         self.max_turns_per_owner = max(1, max_concurrent_turns - RESERVED_SLOTS)
         self.running_turns: dict[str, TurnRecord] = {}  # by id
@@ -189,13 +190,13 @@ class TurnRunner:
     def get_thread(self, owner: str, thread_id: str, lane: Lane = "interactive") -> Thread:
         """Return the owner's thread; raise APIError (404) if there is none.
 
-        A killed process may have left the thread without its first checkpoint: it is written now.
+        Its first checkpoint may be missing, unless it is a fork: a killed process may have left a fork without one.
         """
         record = self.turns.get_thread(owner, thread_id)
         if record is None:
             raise build_not_found_error("thread", thread_id)
         if record.forked_from is None or record.forked_after is None:
-            return self.conversations.open_thread(record.id, create=True, owner=owner, lane=lane)
+            return self.conversations.get_thread(record.id, owner, lane)
         return self.conversations.open_fork(record.forked_from, record.forked_after, record.id, owner, lane)
 
     def delete_thread(self, owner: str, thread_id: str) -> None:
@@ -266,11 +267,13 @@ class TurnRunner:
                 self.claim_turns_once()
             except Exception as error:  # the database may be unavailable for a while
                 log.warning("turns: %s", error if isinstance(error, OmniVideoError) else type(error).__name__)
-            self.turns_changed.wait(min(1.0, self.heartbeat_timeout_seconds / 4))
+            self.turns_changed.wait(self.poll_seconds)
 
     def claim_turns_once(self) -> None:
-        for turn_id in self.turns.fail_poisonous_turns(self.heartbeat_timeout_seconds, POISON_ERROR):
-            log.error("turn %s has stopped several processes and will not be tried again", turn_id)
+        if time.monotonic() >= self.next_poison_check_at:  # every turn that begins or ends leads here
+            self.next_poison_check_at = time.monotonic() + self.poll_seconds
+            for turn_id in self.turns.fail_poisonous_turns(self.heartbeat_timeout_seconds, POISON_ERROR):
+                log.error("turn %s has stopped several processes and will not be tried again", turn_id)
         while len(self.running_turns) < self.max_concurrent_turns and not self.stop_event.is_set():
             running_by_owner = Counter(turn.owner for turn in list(self.running_turns.values()))
             full_owners = [owner for owner, count in running_by_owner.items() if count >= self.max_turns_per_owner]
@@ -364,7 +367,7 @@ class TurnRunner:
     def roll_back_unfinished(self, turn: TurnRecord) -> None:
         """Return the thread to its state before the turn, unless the turn is complete there."""
         thread = self.get_thread(turn.owner, turn.thread_id)
-        if thread.get_progress().num_turns < turn.number:
+        if thread.exists() and thread.get_progress().num_turns < turn.number:
             thread.roll_back(turn.number - 1)
 
     def has_progressed(self, turn: TurnRecord) -> bool:
@@ -423,7 +426,7 @@ class TurnRunner:
 
     def keep_turns_alive(self) -> None:
         """Send heartbeats for every claimed turn, until the runner stops."""
-        while not self.stop_event.wait(min(1.0, self.heartbeat_timeout_seconds / 4)):
+        while not self.stop_event.wait(self.poll_seconds):
             try:
                 self.send_heartbeats()
             except OmniVideoError as error:

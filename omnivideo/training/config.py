@@ -32,8 +32,8 @@ class TrainingConfig(FrozenModel):
     """What to train, on what data, how, and where; None keeps a recipe's own value."""
 
     recipe: str = Field(
-        description="tiny for all recipes of the tiny preset in order, or one of them: "
-        f"{', '.join(TINY_RECIPES)}. With --data: {', '.join(SHARD_RECIPES)}."
+        description="tiny for all recipes of the tiny preset in order, export to write what has been trained, or one "
+        f"recipe: {', '.join(TINY_RECIPES)}. With --data: {', '.join(SHARD_RECIPES)}."
     )
 
     steps: int | None = option(None, "Number of steps; default: the recipe's.", OPTIMIZATION, ge=1)

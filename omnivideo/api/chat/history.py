@@ -64,8 +64,9 @@ class ThreadFinder:
             self.context.turns.create_thread(new_id, self.owner)
         else:
             self.context.turns.create_thread(new_id, self.owner, position.thread_id, position.num_turns)
-        thread = self.get_thread(new_id)  # it writes the first checkpoint
-        thread.add_artifacts(new_media)
+        thread = self.get_thread(new_id)
+        if new_media:
+            thread.ensure_state().add_artifacts(new_media)
         return new_id
 
     def remember(self, conversation: ShownConversation, thread_id: str, num_turns: int) -> None:

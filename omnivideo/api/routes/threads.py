@@ -110,24 +110,11 @@ def create_thread(
     """Create an empty thread. The same Idempotency-Key returns the same thread."""
     payload = payload or CreateThreadRequest()
 
-    def create(thread_id: str) -> str:
-        context.turns.create_thread(thread_id, owner, client_id=payload.id)
-        context.turn_runner.get_thread(owner, thread_id)  # it writes the first checkpoint
-        return thread_id
+    def create(thread_id: str) -> ThreadRecord:
+        return context.turns.create_thread(thread_id, owner, client_id=payload.id)
 
-    thread_id = idempotent_request.run(payload, "thread_", partial(find_thread_id, context, owner), create)
-    return load_thread_summary(context, owner, thread_id)
-
-
-def find_thread_id(context: ServiceContext, owner: str, thread_id: str) -> str | None:
-    """Return the id if the owner has such a thread."""
-    return thread_id if context.turns.has_thread(thread_id, owner) else None
-
-
-def load_thread_summary(context: ServiceContext, owner: str, thread_id: str) -> ThreadSummary:
-    thread = context.turns.get_thread(owner, thread_id)
-    assert thread is not None, "it was just created or found"
-    return to_thread_summary(thread)
+    find = partial(context.turns.get_thread, owner)
+    return to_thread_summary(idempotent_request.run(payload, "thread_", find, create))
 
 
 def to_thread_summary(thread: ThreadRecord) -> ThreadSummary:
@@ -152,9 +139,9 @@ def list_threads(
 @router.get("/{name}")
 def get_thread(name: ThreadPathId, context: ContextDep, owner: OwnerDep) -> ThreadDetail:
     """Return the thread's turns and artifacts, and the question that waits for a reply, if any."""
-    thread = context.turn_runner.get_thread(owner, name)
+    contents = context.turn_runner.get_thread(owner, name).get_contents()
     return ThreadDetail(
-        id=name, turns=thread.get_turns(), question=thread.get_open_question(), artifacts=thread.get_artifacts()
+        id=name, turns=list(contents.turns), question=contents.question, artifacts=list(contents.artifacts)
     )
 
 
@@ -176,16 +163,17 @@ def fork_thread(
     """Create a thread that begins with this thread's first `after_turn` turns."""
     thread = context.turn_runner.get_thread(owner, name)
 
-    def create(fork_id: str) -> str:
+    def create(fork_id: str) -> ThreadRecord:
+        thread.ensure_state()
         if thread.find_snapshot_after(payload.after_turn) is None:
             allowed = f"allowed: 0 to {thread.get_progress().num_turns}"
             raise APIError(400, f"after_turn: this thread has no turn {payload.after_turn}; {allowed}", "after_turn")
-        context.turns.create_thread(fork_id, owner, thread.id, payload.after_turn, payload.id)
-        context.turn_runner.get_thread(owner, fork_id)  # it writes the first checkpoint
-        return fork_id
+        fork = context.turns.create_thread(fork_id, owner, thread.id, payload.after_turn, payload.id)
+        context.turn_runner.get_thread(owner, fork.id)  # it writes the first checkpoint
+        return fork
 
-    fork_id = idempotent_request.run(payload, "thread_", partial(find_thread_id, context, owner), create)
-    return load_thread_summary(context, owner, fork_id)
+    find = partial(context.turns.get_thread, owner)
+    return to_thread_summary(idempotent_request.run(payload, "thread_", find, create))
 
 
 @router.get("/{name}/lineage")

@@ -9,7 +9,7 @@ jobs, what a process writes carries the number of its attempt.
 
 import uuid
 from collections.abc import Collection
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any, Literal
 
 from sqlalchemy import ColumnElement, Row, and_, case, delete, exists, func, insert, literal, or_, select, update
@@ -51,24 +51,21 @@ class TurnRepository(Repository):
         forked_from: str | None = None,
         forked_after: int | None = None,
         client_id: str | None = None,
-    ) -> None:
+    ) -> ThreadRecord:
         """Create a thread, which may begin with the turns of another one.
 
-        Raises InvalidInput if the owner has a thread with the `client_id`. Its first checkpoint is written afterwards.
-        The row says how, so that it can be written later if it is missing.
+        Raises InvalidInput if the owner has a thread with the `client_id`. Its first checkpoint is written later; the
+        row says how.
         """
         values = {
             "id": thread_id, "client_id": client_id or thread_id, "owner": owner, "created_at": unix_now(),
             "used_at": unix_now(), "deleted": False, "forked_from": forked_from, "forked_after": forked_after,
         }  # fmt: skip
-        is_taken = client_id is not None and self.get_thread(owner, client_id) is not None
-        try:
-            if not is_taken:
-                self.fetch_all(insert(threads).values(values))
-        except IntegrityError:
-            is_taken = True
-        if is_taken:
-            raise InvalidInput("thread", "you have a thread with that id; give another, or none")
+        if client_id is None or self.get_thread(owner, client_id) is None:
+            with suppress(IntegrityError):
+                (row,) = self.fetch_all(insert(threads).values(values).returning(threads))
+                return thread_from_row(row)
+        raise InvalidInput("thread", "you have a thread with that id; give another, or none")
 
     def has_thread(self, thread_id: str, owner: str) -> bool:
         return self.get_thread(owner, thread_id) is not None
@@ -146,9 +143,10 @@ class TurnRepository(Repository):
         """Claim a turn that is queued, or whose process has sent no heartbeat for the given time.
 
         Return None if there is none. Owners are served in turn: the one with the fewest running turns is first. Those
-        that the caller runs itself are not lost, however late their heartbeats are.
+        that the caller runs itself are not lost, however late their heartbeats are. `fail_poisonous_turns` ends the
+        lost ones that are not claimed.
         """
-        is_lost = match_lost(heartbeat_timeout_seconds)
+        is_lost = and_(match_lost(heartbeat_timeout_seconds), ~is_poisonous())
         is_claimable = and_(or_(turns.c.state == "queued", is_lost), turns.c.id.not_in(running_ids))
         running = turns.alias("running")
         num_running = select(func.count()).where(running.c.owner == turns.c.owner, running.c.state == "running")
@@ -165,8 +163,7 @@ class TurnRepository(Repository):
 
     def fail_poisonous_turns(self, heartbeat_timeout_seconds: float, error: dict[str, Any]) -> list[str]:
         """End the lost turns that have stopped MAX_PROCESS_LOSSES processes, and return their ids."""
-        is_last_loss = turns.c.process_losses >= MAX_PROCESS_LOSSES - 1
-        ending = update(turns).where(match_lost(heartbeat_timeout_seconds), is_last_loss)
+        ending = update(turns).where(match_lost(heartbeat_timeout_seconds), is_poisonous())
         values = {"state": "failed", "error": error, "process_losses": turns.c.process_losses + 1}
         notification = self.notifier.build_notification(literal("turn ") + turns.c.id)
         turn_ids = [row.id for row in self.fetch_all(ending.values(values).returning(turns.c.id, notification))]
@@ -283,6 +280,11 @@ class TurnRepository(Repository):
 def match_attempt(turn: TurnRecord) -> ColumnElement[bool]:
     """Match the turn as long as no other process has claimed it and it has not ended."""
     return and_(turns.c.id == turn.id, turns.c.attempt == turn.attempt, turns.c.state == "running")
+
+
+def is_poisonous() -> ColumnElement[bool]:
+    """Match the turns that one more loss ends."""
+    return turns.c.process_losses >= MAX_PROCESS_LOSSES - 1
 
 
 def match_lost(heartbeat_timeout_seconds: float) -> ColumnElement[bool]:

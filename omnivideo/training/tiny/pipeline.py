@@ -22,6 +22,7 @@ from omnivideo.models.weights.shipped import SHIPPED_WEIGHTS_FOLDER
 from omnivideo.presets import TINY, Task
 from omnivideo.synthetic.requests import CONTINUATION_TASKS, sample_requests
 from omnivideo.synthetic.scenes import CLIP_FRAMES, LONG_CLIP_FRAMES, stream_scenes
+from omnivideo.training.config import SHARD_RECIPES
 from omnivideo.training.data.batch import CachedTask
 from omnivideo.training.engine.recipe import Recipe
 from omnivideo.training.engine.run import RunContext
@@ -56,8 +57,9 @@ class TinyPipeline:
     """The recipes over one folder of runs; each loads what it needs from the runs of earlier recipes.
 
     The shipped weights replace the run of a foundation that is missing. Weights that the configuration names replace
-    every missing run; the foundations and stage 1 continue from them. Stages 2b and 3 sample their requests with the
-    first configured seed; stage 3 samples further edits with the other seeds.
+    every missing run: the foundations and stage 1 continue from them, and a stage without a run leaves its parts as the
+    stage before it. Stages 2b and 3 sample their requests with the first configured seed; stage 3 samples further edits
+    with the other seeds.
     """
 
     def __init__(
@@ -235,16 +237,26 @@ class TinyPipeline:
             tokenizer=self.load_tokenizer(),
             vae=self.load_vae(),
         )
-        is_foundation = after_recipe == "mllm"
-        if self.continues_from_weights and (is_foundation or not self.run.has_run(after_recipe)):
-            omni.bridge = load_bridge(TINY, self.weights_folder, lambda part: torch.float32)
-        elif not is_foundation:
-            state = torch.load(self.run.get_state_file(after_recipe), weights_only=True)
+        last_recipe = self.find_last_run(after_recipe)
+        if last_recipe != "mllm":
+            state = torch.load(self.run.get_state_file(last_recipe), weights_only=True)
             parts.TrainableParts(omni).load_state_dict(state["model"] | state["average"])
+        elif self.continues_from_weights:
+            omni.bridge = load_bridge(TINY, self.weights_folder, lambda part: torch.float32)
         if after_recipe not in ("mllm", "stage1") and self.run.has_run("stage1_text"):
             text_head = torch.load(self.run.get_state_file("stage1_text"), weights_only=True)["average"]
             parts.TrainableParts(omni).load_state_dict(text_head, strict=False)
         return omni.to(self.device).eval()
+
+    def find_last_run(self, after_recipe: str) -> str:
+        """Return the stage whose run has the weights after a recipe; "mllm" if they are the foundations.
+
+        Without weights to continue from, every stage must have run.
+        """
+        if not self.continues_from_weights:
+            return after_recipe
+        stages = SHARD_RECIPES[: SHARD_RECIPES.index(after_recipe) + 1] if after_recipe in SHARD_RECIPES else ()
+        return next((stage for stage in reversed(stages) if self.run.has_run(stage)), "mllm")
 
     def build_flow_recipe(
         self, recipe_factory: Callable[..., Recipe], after_recipe: str, extra_edit_seeds: Sequence[int] = ()
@@ -270,18 +282,19 @@ class TinyPipeline:
         )
 
     def train(self) -> None:
-        """Train the configured recipe, or all of them in order and export the preset for "tiny".
+        """Train the configured recipe, or all of them in order and export the preset for "tiny"; "export" only exports.
 
         Raises InvalidInput for an unknown recipe.
         """
         name = self.run.config.recipe
-        if name != "tiny" and name not in self.recipe_factories:
-            raise InvalidInput("recipe", f"{name!r} is not one of tiny, {', '.join(self.recipe_factories)}")
-        if name != "tiny":
+        recipes = {"tiny": list(self.recipe_factories), "export": list[str]()}.get(name, [name])
+        if name not in ("tiny", "export", *self.recipe_factories):
+            raise InvalidInput("recipe", f"{name!r} is not one of tiny, export, {', '.join(self.recipe_factories)}")
+        if name in self.recipe_factories:
             parts.check_sampling(self.run.config)
-        for recipe_name in self.recipe_factories if name == "tiny" else [name]:
+        for recipe_name in recipes:
             self.run.build_and_train(self.recipe_factories[recipe_name])
-        if name == "tiny" and self.run.processes.is_main_process:
+        if name not in self.recipe_factories and self.run.processes.is_main_process:
             self.export_preset(self.runs_folder / "tiny")
 
     def export_preset(self, folder: Path) -> None:

@@ -199,7 +199,7 @@ def test_a_child_that_loads_slowly_is_replaced(tmp_path, weights):
     with redis(tmp_path / "broker") as address:
         deployment = Deployment(tmp_path, address, "", weights)
         for name in names:
-            deployment.jobs.submit(build_job(name, 200, frames=33))
+            deployment.jobs.submit(build_job(name, 150))
 
         def find_new_attempt() -> tuple[str, int] | None:
             """Return a clip and its attempt that is under way and met no kill; a third kill would give the clip up."""

@@ -7,6 +7,7 @@ from omnivideo.errors import CheckpointError
 from omnivideo.models.weights import checkpoint
 from omnivideo.training.config import TrainingConfig
 from omnivideo.training.engine.run import RunContext
+from omnivideo.training.recipes.parts import TrainableParts
 from omnivideo.training.tiny.pipeline import TinyPipeline
 
 
@@ -37,6 +38,16 @@ def test_foundations_are_exported_in_the_shipped_layout(weights, tmp_path):
         (original.load_text_encoder(), exported.load_text_encoder()),
     ):
         assert all(torch.equal(value, two.state_dict()[key]) for key, value in one.state_dict().items())
+
+
+def test_a_stage_without_a_run_leaves_its_parts_as_the_stage_before(weights, tmp_path):
+    run = make_run_context(tmp_path, weights=weights)
+    parts = TrainableParts(TinyPipeline(run).load_omni("mllm"))
+    head = {name: value + 1 for name, value in parts.state_dict().items() if name.startswith("bridge.vision_head")}
+    run.get_state_file("stage1").parent.mkdir()
+    torch.save({"model": parts.state_dict(), "average": head}, run.get_state_file("stage1"))
+    loaded, stored = TrainableParts(TinyPipeline(run).load_omni("stage3")).state_dict(), parts.state_dict()
+    assert all(torch.equal(value, head.get(name, stored[name])) for name, value in loaded.items())
 
 
 def test_training_starts_from_a_folder_of_weights(weights, tmp_path):
