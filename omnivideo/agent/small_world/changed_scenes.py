@@ -87,7 +87,8 @@ def read_planned_scene(artifacts: Sequence[Artifact], number: int) -> DescribedS
     else:
         return None
     scene = read_scene(tokenize(texts.pop()))
-    if not all(obj.shape for obj in scene.objects) or scene.conflicts or scene.leftovers or scene.unknown:
+    is_complete = bool(scene.objects) and all(obj.shape for obj in scene.objects)
+    if not is_complete or scene.conflicts or scene.leftovers or scene.unknown:
         return None
     for text in reversed(texts):
         restated = read_scene(tokenize(text))

@@ -10,13 +10,13 @@ NEGATIONS = ("not", "no")
 
 
 def resolve_condition(text: str, context: Context) -> tuple[str, str]:
-    """Return what a text asks for where its condition holds, and otherwise a question; the text if it has none.
+    """Return what a text about a result asks for if its condition holds, and otherwise a question.
 
-    A condition about something else than what is seen stays in the text, so that the user is asked.
+    A text without a condition, or with one about something else than what is seen, is returned as it is.
     """
     normalized = normalize_text(text).strip(" .!")
     match = load_pattern("condition").fullmatch(normalized) or load_pattern("condition_at_end").fullmatch(normalized)
-    if match is None or context.medium is None:
+    if match is None:
         return text, ""
     description = context.describe()
     is_met = check_claim(match["claim"], read_scene(tokenize(description)))

@@ -155,6 +155,8 @@ def find_question_about_changes(changes: Sequence[WordedChange], context: Contex
         return PROBLEM_QUESTIONS[problem].format(describe_scene(planned)) if problem else ""
     seen = read_current_scene(context)
     problem = find_problem_of_changes(changes, seen) if seen.objects else ""
+    if problem == "ambiguous":  # what "it" is cannot be told from what the MLLM sees alone
+        return ""
     return PROBLEM_QUESTIONS[problem].format(describe_scene(seen)) if problem else ""
 
 
