@@ -146,18 +146,17 @@ def has_weighty_word(text: str) -> bool:
 def find_question_about_changes(changes: Sequence[WordedChange], context: Context) -> str:
     """Return a question if changes are of something that is not there, of one of several things, or of nothing.
 
-    The MLLM may see too little. So what is missing must be missing in what was requested, too, if that is known; it is
-    not asked where the requests already say that the changes are possible.
+    The MLLM may see too little or something else. So what is missing must be missing in what was requested, too, and
+    nothing is asked where the requests say that the changes are possible, or are not known.
     """
-    planned = read_planned_scene(context.artifacts, context.number)
-    problem = find_problem_of_changes(changes, planned) if planned else "unknown"
-    if planned and problem in ("", "ambiguous"):
-        return PROBLEM_QUESTIONS[problem].format(describe_scene(planned)) if problem else ""
-    seen = read_current_scene(context)
-    problem = find_problem_of_changes(changes, seen) if seen.objects else ""
-    if problem == "ambiguous":  # what "it" is cannot be told from what the MLLM sees alone
-        return ""
-    return PROBLEM_QUESTIONS[problem].format(describe_scene(seen)) if problem else ""
+    seen = read_current_scene(context) if not context.artifacts else None
+    planned = seen or read_planned_scene(context.artifacts, context.number)
+    problem = find_problem_of_changes(changes, planned) if planned and planned.objects else ""
+    if planned and problem and problem != "ambiguous":
+        planned = seen or read_current_scene(context)
+        is_readable = bool(planned.objects) and all(obj.shape for obj in planned.objects)
+        problem = find_problem_of_changes(changes, planned) if is_readable else ""
+    return PROBLEM_QUESTIONS[problem].format(describe_scene(planned)) if planned and problem else ""
 
 
 PROBLEM_QUESTIONS = {
