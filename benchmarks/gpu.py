@@ -193,7 +193,7 @@ def render_prompts(folder: Path, out: Path, device: str, steps: int | None) -> I
         files.setdefault(medium, path)
         yield {
             "task": task, "prompt": prompt, "seed": seed, "file": path.name, "expect": expected,
-            "seconds": round(time.perf_counter() - started, 2), "stages": result.manifest.seconds,
+            "seconds": round(time.perf_counter() - started, 2), "stages": result.seconds_by_stage,
             "peak_bytes": read_peak(studio.omni.device), "faults": find_visible_faults(result.frames),
         }  # fmt: skip
 

@@ -105,6 +105,7 @@ BASE = (
     "cpu_threads",
     "startup",
     "errors",
+    "manifests",
     "network",
     "ports",
     "presets",

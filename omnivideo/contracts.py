@@ -1,7 +1,7 @@
 """The frozen messages that cross packages, and the one place where a request's settings are resolved.
 
 The messages of conversations are in omnivideo/turns.py, the records of files, batches and webhooks in
-omnivideo/records.py.
+omnivideo/records.py, the manifests of results in omnivideo/manifests.py.
 """
 
 import secrets
@@ -104,35 +104,6 @@ class Preview(FrozenModel):
 
     kind: Literal["preview"] = "preview"
     png: str
-
-
-class Manifest(FrozenModel):
-    """Everything that a file was generated from, which is enough to reproduce its bytes.
-
-    `weights` is the digest of the weights and `precision` the types that they were computed in. `source` is the file
-    name of an edit's source, or its object key if it was in the store; `mask` is that of its mask. `visual_tokens` and
-    `source_latents` are object keys of tensors, or None if they are not stored. `settings` has the size and length that
-    were generated, `delivered` those of the file. `sound` says what became of the source's sound: "kept", or why it was
-    left out. `last_frame` and `last_frame_latents` are those of the picture that a clip ends with. A manifest does not
-    have the fields of what its clip does not have, and one of version 0.2 has no precision.
-    """
-
-    prompt: str
-    task: Task
-    settings: SamplingParams
-    source: str | None
-    source_latents: str | None = None
-    visual_tokens: str | None = None
-    preset: str
-    weights: str
-    precision: str | None = build_omitted_field()
-    versions: dict[str, str]
-    seconds: dict[str, float]
-    delivered: shapes.Delivery | None = build_omitted_field()
-    mask: str | None = build_omitted_field()
-    sound: str | None = build_omitted_field()
-    last_frame: str | None = build_omitted_field()
-    last_frame_latents: str | None = build_omitted_field()
 
 
 # ---------------------------------------------------------------- tasks
@@ -329,7 +300,8 @@ def get_source_length(preset: Preset, task: Task, source: Artifact | None) -> sh
     """Return the length of a source that decides that of the result, or None for the task's default length."""
     if source is None:
         return None
-    if source.medium == "video" and (source.manifest is not None or task == "video-extension"):  # generated here
+    # The latents of a clip that was generated here are read, and of others the frames that the preset chooses.
+    if source.medium == "video" and (source.latents is not None or task == "video-extension"):
         return shapes.SourceLength(source.frames, source.fps)
     return shapes.get_file_length(preset, source.frames, None if source.medium == "image" else source.fps)
 

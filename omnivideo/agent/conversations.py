@@ -14,8 +14,9 @@ from omnivideo.agent.command_results import ConvertArtifact
 from omnivideo.agent.graph import Planner
 from omnivideo.agent.rendering import MAX_GENERATIONS
 from omnivideo.agent.thread import AttachFile, Thread, ThreadIndex
-from omnivideo.contracts import Artifact, Lane, Manifest
+from omnivideo.contracts import Artifact, Lane
 from omnivideo.errors import ArtifactNotFound
+from omnivideo.manifests import FrameManifest, JoinManifest, Manifest, list_needed_keys, parse_manifest
 from omnivideo.ports import CHARACTER_LIMITS, MLLM, ExtractFrame, JobQueue, JoinClips, SweepableObjectStore, TextLimits
 from omnivideo.presets import Preset
 
@@ -110,11 +111,19 @@ class Conversations:
         return list(thread_ids)
 
     def replay_artifact(self, artifact: Artifact) -> str:
-        """Render an artifact again and return its object key. Raises ArtifactNotFound if it was attached."""
+        """Make an artifact again and return its object key. Raises ArtifactNotFound if it was attached."""
         if artifact.manifest is None:
             raise ArtifactNotFound("store: that artifact was attached, so there is no manifest to render it from")
+        manifest = parse_manifest(self.store.get(artifact.manifest))
+        match manifest:
+            case JoinManifest():
+                assert self.join_clips, "what joins clips also does so again"
+                return self.join_clips(manifest.parts, artifact.created_by).key
+            case FrameManifest():
+                assert self.extract_frame, "what takes frames out of clips also does so again"
+                return self.extract_frame(*manifest.parts, manifest.position, artifact.created_by).key
         assert self.replay_manifest, "a replay needs the decoder in this process"
-        return self.replay_manifest(Manifest.parse_stored(self.store.get(artifact.manifest)))
+        return self.replay_manifest(manifest)
 
     def collect_referenced_keys(self) -> set[str]:
         """Return the object keys that any thread refers to; a thread's last state has the artifacts of all others.
@@ -132,14 +141,16 @@ class Conversations:
         return {key for key in referenced_keys if key}
 
     def collect_replay_keys(self, keys: set[str]) -> set[str]:
-        """Return the keys of the tensors that the manifests among `keys` need to be rendered again."""
-        tensor_keys = set[str | None]()
-        for key in keys:
+        """Return the keys of what the manifests among `keys`, and those of their parts, need to be made again."""
+        found, unread = set[str](), [*keys]
+        while unread:
+            key = unread.pop()
             if key.endswith(".json"):
                 with suppress(ArtifactNotFound):
-                    manifest = json.loads(self.store.get(key))
-                    tensor_keys |= {manifest.get(name) for name in ("visual_tokens", "source_latents")}
-        return {key for key in tensor_keys if key}
+                    needed = {*list_needed_keys(json.loads(self.store.get(key)))} - found - keys
+                    found |= needed
+                    unread += needed
+        return found
 
     def sweep_artifacts(self, lifetime_seconds: float) -> list[str]:
         """Remove artifacts that no thread refers to and that are older than `lifetime_seconds`. Return their keys."""

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -87,6 +87,11 @@ def parse_size(size: str | None) -> dict[str, int | None]:
     return {"width": width, "height": height}
 
 
+def collect_overrides(size: str | None = None, **options: Any) -> dict[str, Any]:
+    """Return the options of a clip that were given, as the methods of a Studio take them; the preset has the others."""
+    return {name: value for name, value in (parse_size(size) | options).items() if value is not None}
+
+
 def parse_width_height(size: str) -> tuple[int, int]:
     """Return WIDTHxHEIGHT as two integers; raise InvalidInput for another form."""
     width, cross, height = size.lower().partition("x")
@@ -139,8 +144,7 @@ def open_studio(preset: str, weights: Path | None, device: str, home: Path | Non
 def save_result(result: "Result", output: Path) -> None:
     """Write the result and its manifest, and print the file's name, length and generation time."""
     note = read_sound_note(result.save(output))
-    seconds = result.manifest.seconds
-    summary = f" ({len(result.frames)} frames, made in {sum(seconds.values()):.1f} s)"
+    summary = f" ({len(result.frames)} frames, made in {sum(result.seconds_by_stage.values()):.1f} s)"
     console.print(Text.assemble(str(output), (summary, "dim")), soft_wrap=True)
     if note is not None:
         console.print(f"sound of the source: {note}", highlight=False, markup=False, soft_wrap=True)

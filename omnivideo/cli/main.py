@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.markup import escape
@@ -36,11 +36,11 @@ from omnivideo.cli.app import (
     WeightsOption,
     app,
     check_clip_texts,
+    collect_overrides,
     console,
     error_console,
     open_studio,
     open_text_limits,
-    parse_size,
     save_result,
     show_step_progress,
 )
@@ -102,15 +102,16 @@ def generate(
     preload_torch()
     from omnivideo.media.write import check_output
 
-    overrides: dict[str, Any] = parse_size(size) | {
-        "seed": seed,
-        "steps": steps,
-        "guidance_scale": guidance_scale,
-        "frames": frames,
-        "fps": fps,
-        "seconds": seconds,
-        "negative_prompt": negative_prompt,
-    }
+    overrides = collect_overrides(
+        size,
+        seed=seed,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        frames=frames,
+        fps=fps,
+        seconds=seconds,
+        negative_prompt=negative_prompt,
+    )
     if image is None and (frames == 1 or output.suffix.lower() == ".png"):
         image = True
     # Invalid settings are refused before the model is loaded, which takes seconds.
@@ -145,14 +146,15 @@ def edit(
     from omnivideo.media.read import measure_media
     from omnivideo.media.write import check_output
 
-    overrides: dict[str, Any] = parse_size(size) | {
-        "seed": seed,
-        "steps": steps,
-        "guidance_scale": guidance_scale,
-        "fps": fps,
-        "seconds": seconds,
-        "negative_prompt": negative_prompt,
-    }
+    overrides = collect_overrides(
+        size,
+        seed=seed,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        fps=fps,
+        seconds=seconds,
+        negative_prompt=negative_prompt,
+    )
     info, model_preset = measure_media(source), get_preset(preset)
     length = get_file_length(model_preset, info.frames, info.fps)
     params = resolve_sampling_params(model_preset, get_editing_task(info.kind), length, **overrides)
@@ -188,15 +190,16 @@ def animate(
     preload_torch()
     from omnivideo.media.write import check_output
 
-    overrides: dict[str, Any] = parse_size(size) | {
-        "seed": seed,
-        "steps": steps,
-        "guidance_scale": guidance_scale,
-        "frames": frames,
-        "fps": fps,
-        "seconds": seconds,
-        "negative_prompt": negative_prompt,
-    }
+    overrides = collect_overrides(
+        size,
+        seed=seed,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        frames=frames,
+        fps=fps,
+        seconds=seconds,
+        negative_prompt=negative_prompt,
+    )
     model_preset = get_preset(preset)
     task = get_animation_task(model_preset) if last_image is None else "keyframes-to-video"
     get_sampling_defaults(model_preset, task, "preset")
@@ -231,14 +234,14 @@ def extend(
     from omnivideo.media.read import measure_media
     from omnivideo.media.write import check_output
 
-    overrides: dict[str, Any] = {
-        "seed": seed,
-        "steps": steps,
-        "guidance_scale": guidance_scale,
-        "frames": frames,
-        "seconds": seconds,
-        "negative_prompt": negative_prompt,
-    }
+    overrides = collect_overrides(
+        seed=seed,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        frames=frames,
+        seconds=seconds,
+        negative_prompt=negative_prompt,
+    )
     model_preset, info = get_preset(preset), measure_media(source)
     get_sampling_defaults(model_preset, "video-extension", "preset")
     if info.fps is None:

@@ -1,4 +1,4 @@
-"""Convert the artifacts of a store to pixels and back."""
+"""Convert the artifacts of a store to pixels and back, and make artifacts of others."""
 
 import io
 import tempfile
@@ -10,12 +10,14 @@ from PIL import Image
 
 from omnivideo.contracts import Artifact, FramePosition, Medium
 from omnivideo.errors import InvalidInput
+from omnivideo.manifests import FrameManifest, JoinManifest, encode_manifest
 from omnivideo.media.read import measure_media, read_chosen_frames, read_media
 from omnivideo.media.resample import center_crop_resize, select_nearest_frames
+from omnivideo.media.sound import SoundSource, join_sounds
 from omnivideo.media.thumbnails import encode_animation
 from omnivideo.media.write import write_media
 from omnivideo.ports import ObjectStore
-from omnivideo.presets.shapes import MAX_CLIP_PIXELS
+from omnivideo.presets.shapes import MAX_CLIP_PIXELS, Delivery
 
 SUFFIX_BY_MEDIUM: dict[Medium, str] = {"image": "png", "video": "mp4"}
 
@@ -57,34 +59,43 @@ def extract_frame(store: ObjectStore, clip: Artifact, position: FramePosition, c
 
     (frame,), _ = read_chosen_frames(store.get(clip.key), choose, lambda frame: frame)
     height, width, _ = frame.shape
+    caption, shape = f"the {position} frame of {clip.caption}", Delivery(width=width, height=height, frames=1)
+    manifest = FrameManifest(prompt=caption, parts=(clip,), position=position, delivered=shape)
     return Artifact(
         key=store.put(to_png_bytes(frame), SUFFIX_BY_MEDIUM["image"]), medium="image", width=width, height=height,
-        frames=1, fps=1.0, caption=f"the {position} frame of {clip.caption}", source=clip.key, created_by=created_by,
+        frames=1, fps=1.0, caption=caption, manifest=store.put(encode_manifest(manifest), "json"), source=clip.key,
+        created_by=created_by,
     )  # fmt: skip
 
 
 def join_clips(store: ObjectStore, clips: Sequence[Artifact], created_by: str) -> Artifact:
     """Store a clip that shows several one after the other, and return it.
 
-    It has the size and the rate of the first; frames of another size are scaled to cover it and cropped centrally.
+    It has the size and the rate of the first; frames of another size are scaled to cover it and cropped centrally. The
+    sounds of the clips are kept where they can be copied.
     """
     first = clips[0]
     size, fps = (first.width - first.width % 2, first.height - first.height % 2), first.fps
     counts = [max(1, round(clip.frames * fps / clip.fps)) for clip in clips]
     if size[0] * size[1] * sum(counts) > MAX_CLIP_PIXELS:
         raise InvalidInput("clips", f"together they would have {sum(counts)} frames, which is too long")
-    frames = list[np.ndarray]()
+    frames, sounds = list[np.ndarray](), list[SoundSource]()
     for clip, count in zip(clips, counts, strict=True):
+        data = store.get(clip.key)
 
         def choose(total: int, own_fps: float | None, count: int = count, clip_fps: float = clip.fps) -> Sequence[int]:
             return [int(index) for index in select_nearest_frames(total, own_fps and clip_fps, count, fps)]
 
-        frames += read_chosen_frames(store.get(clip.key), choose, lambda frame: center_crop_resize(frame, *size))[0]
-    joined = np.stack(frames)
-    data, suffix = encode_clip(joined, fps)
+        frames += read_chosen_frames(data, choose, lambda frame: center_crop_resize(frame, *size))[0]
+        sounds.append(SoundSource(data, count / fps))
+    joined, caption = np.stack(frames), " ; ".join(clip.caption for clip in clips)
+    silent, suffix = encode_clip(joined, fps)
+    file, sound = join_sounds(silent, sounds)
+    shape = Delivery(width=size[0], height=size[1], frames=len(joined))
+    manifest = JoinManifest(prompt=caption, parts=tuple(clips), fps=fps, delivered=shape, sound=sound)
     return Artifact(
-        key=store.put(data, suffix), medium="video", width=size[0], height=size[1], frames=len(joined), fps=fps,
-        caption=" ; ".join(clip.caption for clip in clips), source=first.key, created_by=created_by,
+        key=store.put(file, suffix), medium="video", width=size[0], height=size[1], frames=len(joined), fps=fps,
+        caption=caption, manifest=store.put(encode_manifest(manifest), "json"), source=first.key, created_by=created_by,
         preview=store.put(encode_animation(joined, fps), "webp"),
     )  # fmt: skip
 

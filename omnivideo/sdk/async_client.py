@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, Unpack, cast
 
-from omnivideo.contracts import Manifest, Route, StepProgress, check_prompt
+from omnivideo.contracts import Route, StepProgress, check_prompt
 from omnivideo.errors import ArtifactNotFound, InvalidInput, JobFailed, ModelUnavailable, OmniVideoError
+from omnivideo.manifests import Manifest
 from omnivideo.sdk.async_thread import AsyncThread
 from omnivideo.sdk.batch import BatchOutcome
 from omnivideo.sdk.connection import ServiceConnection, cancel_on_service, to_request_fields

@@ -8,8 +8,9 @@ from typing import Any
 import httpx
 from pydantic import TypeAdapter
 
-from omnivideo.contracts import Artifact, Manifest
+from omnivideo.contracts import Artifact
 from omnivideo.errors import JobFailed, OmniVideoError
+from omnivideo.manifests import parse_manifest
 from omnivideo.sdk.connection import (
     MAX_ATTEMPTS,
     ServiceConnection,
@@ -170,5 +171,5 @@ class AsyncThread:
         manifest = None
         if artifact.manifest is not None:
             response = await self.connection.send_request("GET", f"{path}/{artifact.manifest}")
-            manifest = Manifest.parse_stored(response.content)
+            manifest = parse_manifest(response.content)
         return Result(manifest, data=content, suffix=artifact.key.rpartition(".")[2], fps=artifact.fps)

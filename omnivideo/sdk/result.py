@@ -1,22 +1,21 @@
 """A clip or an image with its manifest, from this process or from a service."""
 
 import base64
-import json
 import os
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from omnivideo.contracts import Manifest
 from omnivideo.errors import InvalidInput
+from omnivideo.manifests import AnyManifest, FrameManifest, JoinManifest, Manifest, encode_manifest
 from omnivideo.media.artifacts import SUFFIX_BY_MEDIUM, encode_clip
 from omnivideo.media.read import read_media
-from omnivideo.media.sound import KEPT, SoundSource
+from omnivideo.media.sound import KEPT, SoundSource, keep_sound
 from omnivideo.media.write import check_output, write_media
 
 MAX_SHOWN_CHARS = 60
+DERIVATIONS = {JoinManifest: "joined", FrameManifest: "a frame"}  # of what is made without the model
 ARRAY_FPS = 8.0  # of a clip that is given as an array
 
 
@@ -29,7 +28,7 @@ class Result:
 
     def __init__(
         self,
-        manifest: Manifest | None,
+        manifest: AnyManifest | None,
         *,
         frames: np.ndarray | None = None,
         data: bytes | None = None,
@@ -49,8 +48,12 @@ class Result:
             self.__dict__["data"], self.suffix = data, suffix
 
     @property
-    def manifest(self) -> Manifest:
-        """Everything that the file was generated from. Raises InvalidInput for a file that a user has attached."""
+    def manifest(self) -> AnyManifest:
+        """Everything that the file was made of. Raises InvalidInput for a file that a user has attached.
+
+        It is a `Manifest`, or of what was made without the model a `JoinManifest` (several clips in one) or a
+        `FrameManifest` (a frame of a clip).
+        """
         if self.known_manifest is None:
             raise InvalidInput("manifest", "this file was attached, not generated, so it has none")
         return self.known_manifest
@@ -63,16 +66,27 @@ class Result:
     @cached_property
     def data(self) -> bytes:
         """The file: an mp4 for a clip, a png for an image."""
-        return encode_clip(self.frames, self.fps)[0]
+        data, suffix = encode_clip(self.frames, self.fps)
+        if self.sound is None or suffix != SUFFIX_BY_MEDIUM["video"]:
+            return data
+        return keep_sound(data, self.sound, len(self.frames) / self.fps, self.fps)[0]
 
     @property
     def fps(self) -> float:
-        known_fps = self.known_fps or ARRAY_FPS
-        return known_fps if self.known_manifest is None else self.known_manifest.settings.fps
+        manifest = self.known_manifest
+        return manifest.settings.fps if isinstance(manifest, Manifest) else self.known_fps or ARRAY_FPS
 
     @property
     def seed(self) -> int:
+        """The seed. Raises InvalidInput for a file that was attached, or made without the model."""
+        if not isinstance(self.manifest, Manifest):
+            raise InvalidInput("seed", "this was made of other results, which have their own seeds, in its manifest")
         return self.manifest.settings.seed
+
+    @property
+    def seconds_by_stage(self) -> dict[str, float]:
+        """The seconds that each stage of the model took; {} for what was made without it."""
+        return self.manifest.seconds if isinstance(self.manifest, Manifest) else {}
 
     @property
     def prompt(self) -> str:
@@ -82,11 +96,13 @@ class Result:
         count, height, width, _ = self.frames.shape
         medium = "image" if count == 1 else "clip"
         length = "" if count == 1 else f", {count} frames at {self.fps:g} fps"
-        if self.known_manifest is None:
+        manifest = self.known_manifest
+        if manifest is None:
             return f"<Result: an attached {medium}, {width}x{height}{length}>"
         prompt = self.prompt if len(self.prompt) <= MAX_SHOWN_CHARS else f"{self.prompt[: MAX_SHOWN_CHARS - 3]}..."
         article = "an image" if count == 1 else "a clip"
-        return f"<Result: {article}, {width}x{height}{length}, seed {self.seed}, {prompt!r}>"
+        origin = f"seed {self.seed}" if isinstance(manifest, Manifest) else DERIVATIONS[type(manifest)]
+        return f"<Result: {article}, {width}x{height}{length}, {origin}, {prompt!r}>"
 
     def _repr_html_(self) -> str:
         """Return the clip or the image for display in a notebook."""
@@ -107,9 +123,11 @@ class Result:
         else:
             check_output(path, len(self.frames))
             note = write_media(path, self.frames, self.fps, self.sound) or self.describe_lost_sound(path)
-        if self.known_manifest is not None:
-            manifest = self.known_manifest.model_copy(update={"sound": note})
-            self.write_manifest(path, manifest.model_dump())
+        manifest = self.known_manifest
+        if manifest is not None:
+            if not isinstance(manifest, FrameManifest):
+                manifest = manifest.model_copy(update={"sound": note})
+            self.write_manifest(path, manifest)
         return path
 
     def write_data(self, path: Path) -> str | None:
@@ -123,19 +141,24 @@ class Result:
         except OSError as error:
             partial.unlink(missing_ok=True)
             raise InvalidInput("output", f"{path.name} cannot be written: {error.strerror}") from None
-        return None if self.known_manifest is None else self.known_manifest.sound
+        return self.get_sound_note()
+
+    def get_sound_note(self) -> str | None:
+        """Return what the manifest says about the sound."""
+        manifest = self.known_manifest
+        return None if manifest is None or isinstance(manifest, FrameManifest) else manifest.sound
 
     def describe_lost_sound(self, path: Path) -> str | None:
         """Return what becomes of the sound of a service's file in another format, which is written without it."""
-        note = None if self.known_manifest is None else self.known_manifest.sound
+        note = self.get_sound_note()
         return f"left out: a {path.suffix.lower()[1:]} holds no sound" if note == KEPT else note
 
-    def write_manifest(self, path: Path, manifest: dict[str, Any]) -> None:
+    def write_manifest(self, path: Path, manifest: AnyManifest) -> None:
         """Write the manifest beside the media; remove the media if that fails."""
         manifest_path = path.with_name(path.name + ".json")
         partial = manifest_path.with_name(f".{manifest_path.name}.partial")
         try:
-            partial.write_text(json.dumps(manifest, indent=2) + "\n")
+            partial.write_bytes(encode_manifest(manifest) + b"\n")
             os.replace(partial, manifest_path)
         except OSError as error:
             path.unlink(missing_ok=True)

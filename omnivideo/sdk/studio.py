@@ -352,7 +352,8 @@ class Studio:
         with follow_steps(prompt, progress, on_step) as report:
             result = self.generate_result(prompt, params, given, source_file, report)
         whole = join_extension(read_media(data).frames, result.frames, params.given_frames)
-        return Result(result.manifest, frames=whole)
+        sound = SoundSource(source_file.file, info.frames / info.fps, is_beginning=True)
+        return Result(result.manifest, frames=whole, sound=sound)
 
     def check_texts(self, prompt: str, params: SamplingParams) -> str:
         """Return the prompt without surrounding whitespace. Raises InvalidInput for a text that is too long."""

@@ -8,8 +8,9 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from omnivideo.agent.thread import Thread
-from omnivideo.contracts import Artifact, Manifest
+from omnivideo.contracts import Artifact
 from omnivideo.errors import JobCancelled
+from omnivideo.manifests import parse_manifest
 from omnivideo.ports import ObjectStore
 from omnivideo.sdk.options import Source, to_source_file
 from omnivideo.sdk.result import Result
@@ -87,22 +88,23 @@ class StudioThread(Thread):
         self, text: str, attachments: Sequence[Source | Artifact], options: Mapping[str, object]
     ) -> Iterator[TurnEvent]:
         with tempfile.TemporaryDirectory() as folder:
-            yield from super().send(text, [store_source(source, Path(folder)) for source in attachments], **options)
+            # Each has a folder of its own, since two arrays have the same name.
+            folders = [Path(folder, str(index)) for index, _ in enumerate(attachments)]
+            yield from super().send(text, [*map(store_source, attachments, folders)], **options)
 
     def fetch_artifact(self, artifact: Artifact) -> Result:
         """Return an artifact of this thread."""
         data, suffix = self.store.get(artifact.key), artifact.key.rpartition(".")[2]
-        manifest = None
-        if artifact.manifest is not None:
-            manifest = Manifest.parse_stored(self.store.get(artifact.manifest))
+        manifest = None if artifact.manifest is None else parse_manifest(self.store.get(artifact.manifest))
         return Result(manifest, data=data, suffix=suffix, fps=artifact.fps)
 
 
 def store_source(source: Source | Artifact, folder: Path) -> str | Path | Artifact:
-    """Return a source as an artifact or a path; the content of anything else is written into the folder."""
+    """Return a source as an artifact or a path; the content of anything else is written into a new folder."""
     if isinstance(source, str | Path | Artifact):
         return source
     source_file = to_source_file(source, "attachments")
+    folder.mkdir()
     path = folder / source_file.name
     path.write_bytes(source_file.read())
     return path

@@ -52,6 +52,39 @@ def test_a_picture_is_animated(text):
     assert refusal.kind == "decline" and "I cannot animate pictures" in refusal.message
 
 
+@pytest.mark.parametrize("text", [
+    "then make it move left", "now let it bounce", "let it bounce", "make it slide to the right", "please animate it",
+    "make it move", "can you make it move?", "let it roll", "let the circle move", "move it around",
+])  # fmt: skip
+def test_a_still_that_is_to_move_is_animated_or_the_answer_says_that_it_cannot_be(text):
+    """Also where the words say no direction, or name a motion that the world has no word for."""
+    (reading,) = read(text, ["video", "image"])
+    assert (reading.kind, reading.task, reading.reference) == ("do", "image-to-video", "current"), reading
+    (refusal,) = read(text, ["video", "image"], TINY)
+    assert refusal.kind == "decline" and "I cannot animate pictures" in refusal.message, refusal
+
+
+def test_a_motion_that_the_world_lacks_is_declined():
+    (refusal,) = read("make it spin", ["image"])
+    assert refusal.kind == "decline" and "I do not know 'spin'" in refusal.message
+    assert "I cannot animate pictures" in read("make it spin", ["image"], TINY)[0].message
+    assert read("let it bounce", ["video"])[0].kind == "decline"
+
+
+@pytest.mark.parametrize("media", [[], ["image"], ["video"]])
+@pytest.mark.parametrize("text", [
+    "draw a picture of a red circle, then make it move left", "a picture of a red circle; animate it",
+    "make a picture of a red circle and let it slide to the right", "draw a red circle. then let it bounce",
+])  # fmt: skip
+def test_a_picture_of_the_same_turn_is_animated(text, media):
+    """Whatever the thread has shown before."""
+    made, animated = read(text, media)
+    assert (made.kind, made.task) == ("do", None)
+    assert (animated.kind, animated.task, animated.reference) == ("do", "image-to-video", "current"), animated
+    (refusal,) = read(text, media, TINY)
+    assert refusal.kind == "decline" and "I cannot animate pictures" in refusal.message
+
+
 def test_an_animated_picture_is_the_one_that_is_named():
     assert describe(read("animate the first picture", ["image", "image"])) == [("do", "image-to-video", "1")]
     assert describe(read("make the second clip longer", ["video", "video", "video"])) == [

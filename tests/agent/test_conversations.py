@@ -15,7 +15,6 @@ from omnivideo.backends.mllm.local import LocalMLLM
 from omnivideo.contracts import (
     Artifact,
     Job,
-    Manifest,
     MLLMRequest,
     Preview,
     Route,
@@ -25,6 +24,7 @@ from omnivideo.contracts import (
 from omnivideo.errors import ArtifactNotFound, InvalidInput, JobCancelled, StoreError, UnreadableMedia
 from omnivideo.evaluation import planner
 from omnivideo.evaluation.report import build_score_table, score_planner
+from omnivideo.manifests import Manifest, list_needed_keys
 from omnivideo.presets import TINY
 from omnivideo.sdk.studio import Studio
 from omnivideo.settings import load_settings
@@ -189,6 +189,26 @@ def test_the_sweep_keeps_the_artifacts_of_threads(studio, tmp_path, monkeypatch)
         assert store.has(artifact.key)
     generated = thread.get_artifacts()[-1]
     assert studio.replay(generated) == generated.key  # its sources are stored as well
+
+
+def test_the_sweep_keeps_what_results_were_made_of_as_long_as_these(studio):
+    """A joined clip and a frame can be made again in a thread to which only they were attached."""
+    conversations = studio.conversations
+    store, thread = conversations.store, studio.open_thread()
+    clips = [run_job(studio, build_job(studio, f"parts.{seed}", seed=seed)) for seed in (1, 2)]
+    joined = conversations.join_clips(clips, "turn")
+    twice = conversations.join_clips([joined, clips[0]], "turn")
+    frame = conversations.extract_frame(twice, "first", "turn")
+    thread.update_state(thread.config, {"artifacts": [frame.model_dump()]})
+    for key in list(store.iter_keys()):
+        os.utime(store.path_for_key(key), (0, 0))
+    conversations.sweep_artifacts(studio.settings.artifact_lifetime_seconds)
+    for artifact in (*clips, joined, twice, frame):
+        assert studio.replay(artifact) == artifact.key
+
+
+def test_a_clip_that_ends_with_a_picture_keeps_its_latents():
+    assert [*list_needed_keys({"last_frame_latents": "a.safetensors", "visual_tokens": None})] == ["a.safetensors"]
 
 
 def test_settings_are_read_from_the_environment_and_validated(monkeypatch, tmp_path):

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 
 import anyio
 import httpx
@@ -23,7 +23,7 @@ from omnivideo.api.bulkheads import MAX_REQUESTS_PER_ADDRESS, ClientLimitMiddlew
 from omnivideo.api.connections import ConnectionLimits, create_protocol, is_trusted_proxy
 from omnivideo.cli.logs import MAX_REPETITIONS, RepetitionFilter
 from tests.support.openai_service import wait_until
-from tests.support.servers import free_port
+from tests.support.servers import accepts_connections, free_port
 
 
 @contextmanager
@@ -45,12 +45,6 @@ def send_half_a_request(stack: ExitStack, port: int) -> socket.socket:
     connection = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10))
     connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n")
     return connection
-
-
-def is_listening(port: int) -> bool:
-    with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-        return True
-    return False
 
 
 def is_closed(connection: socket.socket) -> bool:
@@ -99,7 +93,7 @@ def test_connections_that_arrive_at_once_do_not_use_up_the_files(tmp_path):
         server = subprocess.Popen([sys.executable, "-c", SERVER_OF_FEW_FILES, str(port)], stdout=output, stderr=output)
         stack.callback(server.wait)
         stack.callback(server.kill)
-        wait_until(lambda: is_listening(port), 60)
+        wait_until(lambda: accepts_connections(port), 60)
         blocking = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10))
         blocking.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
         time.sleep(0.3)

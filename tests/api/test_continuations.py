@@ -7,7 +7,7 @@ import numpy as np
 import openai
 import pytest
 
-from omnivideo.contracts import Manifest
+from omnivideo.manifests import Manifest
 from omnivideo.media.artifacts import encode_clip
 from omnivideo.media.read import read_media
 from tests.support.continuations import declare_everywhere, declare_tasks, make_frames

@@ -145,7 +145,7 @@ def test_a_failed_video_reports_its_error(client, service, context, monkeypatch)
 
 
 def test_extending_is_refused(client, video):
-    with pytest.raises(openai.BadRequestError, match="cannot continue a clip") as refused:
+    with pytest.raises(openai.BadRequestError, match="video: tiny cannot do video-extension") as refused:
         client.videos.extend(prompt="on", seconds="4", **refer_to_video(video.id))
     assert (refused.value.code, refused.value.param) == ("unsupported", "video")
     assert "its tasks are text-to-video, video-editing" in str(refused.value)

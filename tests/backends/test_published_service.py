@@ -18,7 +18,8 @@ import torch
 
 from omnivideo.backends.mllm.local import LocalMLLM
 from omnivideo.backends.mllm.server import LRUObjectStore
-from omnivideo.contracts import JobStatus, Manifest
+from omnivideo.contracts import JobStatus
+from omnivideo.manifests import Manifest
 from omnivideo.models import qwen3_vl
 from omnivideo.models.sampling import create_scheduler
 from omnivideo.models.weights import checkpoint

@@ -52,6 +52,16 @@ def test_a_message_saves_the_file_in_the_current_folder(studio, tmp_path, monkey
     assert converted.key in studio.conversations.collect_referenced_keys()
 
 
+def test_what_was_made_of_other_results_is_saved_in_another_format(studio, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    chat, output = open_chat(studio)
+    chat.run([REQUEST, "a clip where a blue star goes up", "put the two clips together", "as a GIF"])
+    assert measure_media(tmp_path / "clip.gif").frames == 18, output.getvalue()
+    chat.run([f"/save {tmp_path / 'x.gif'}", "give me the last frame", f"/save {tmp_path / 'frame.gif'}"])
+    assert measure_media(tmp_path / "x.gif").frames == 18, output.getvalue()
+    assert measure_media(tmp_path / "frame.gif").frames == 1
+
+
 def test_save_converts_and_takes_the_current_result(studio, tmp_path):
     """After an undo, that is the one from before; what cannot be written is refused with the allowed suffixes."""
     chat, output = open_chat(studio)

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 
 from omnivideo import Studio, __version__
+from omnivideo.cli.app import collect_overrides
 from omnivideo.cli.main import main
 from omnivideo.errors import CheckpointError, InvalidInput
 from omnivideo.evaluation.report import TARGET_SCORES
@@ -294,3 +295,8 @@ def test_evaluate_scores_every_category(run_cli, weights, tmp_path, monkeypatch)
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert set(TARGET_SCORES) <= set(scores)
     assert scores["single"]["count"] == 2 and "colour attribution" in text
+
+
+def test_only_the_options_that_are_given_reach_the_studio():
+    assert collect_overrides(seed=0, steps=None) == {"seed": 0}
+    assert collect_overrides("64x48", seed=1, fps=None) == {"width": 64, "height": 48, "seed": 1}

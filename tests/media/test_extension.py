@@ -1,13 +1,16 @@
 """Clips that are continued and clips that are joined."""
 
+import io
 import random
 
+import av
 import numpy as np
 import pytest
 import torch
 
 from omnivideo.errors import InvalidInput
-from omnivideo.media.artifacts import encode_clip, join_clips, load_frames
+from omnivideo.manifests import FrameManifest, JoinManifest, parse_manifest
+from omnivideo.media.artifacts import encode_clip, extract_frame, join_clips, load_frames
 from omnivideo.media.extension import join_extension, read_last_frames
 from omnivideo.media.read import read_media
 from omnivideo.models.vae import decode_latents, encode_pixels, pixels_from_bytes, pixels_to_bytes
@@ -20,6 +23,7 @@ from omnivideo.synthetic.rendering import render_scene
 from omnivideo.synthetic.requests import sample_continuation_request
 from omnivideo.synthetic.scorer import measure_seam
 from tests.support.continuations import make_frames, store_frames
+from tests.support.sound import encode_with_sound
 
 
 def test_the_seam_of_an_extended_file_is_not_visible():
@@ -55,7 +59,29 @@ def test_joined_clips_have_the_size_and_the_rate_of_the_first():
     assert len(frames) == 29 and store.has(joined.preview) and joined.source == clips[0].key
     assert np.abs(frames[:9].astype(int) - load_frames(store, clips[0])).mean() < 4  # encoded once more
     again = join_clips(store, clips, "turn")
-    assert again.key == joined.key
+    assert again.key == joined.key and again.manifest == joined.manifest
+    manifest = parse_manifest(store.get(joined.manifest))
+    assert isinstance(manifest, JoinManifest) and manifest.parts == tuple(clips)
+    assert (manifest.fps, manifest.delivered) == (8, Delivery(width=64, height=64, frames=29))
+
+
+def test_joined_clips_keep_their_sounds():
+    store = MemoryObjectStore()
+    silent, data = store_frames(store, make_frames(8)), encode_with_sound("mp4", "libx264", "aac", 2)
+    key, shape = store.put(data, "mp4"), {"width": 64, "height": 48, "frames": 16}
+    joined = join_clips(store, [silent, silent.model_copy(update={"key": key} | shape)], "turn")
+    assert parse_manifest(store.get(joined.manifest)).sound == "kept"
+    with av.open(io.BytesIO(store.get(joined.key))) as container:
+        (sound,) = container.streams.audio
+        assert float(next(container.demux(sound)).pts * sound.time_base) == pytest.approx(1, abs=0.05)
+
+
+def test_a_frame_states_the_clip_that_it_was_taken_from():
+    store = MemoryObjectStore()
+    clip = store_frames(store, make_frames(9))
+    frame = extract_frame(store, clip, "last", "turn")
+    manifest = parse_manifest(store.get(frame.manifest))
+    assert isinstance(manifest, FrameManifest) and (manifest.parts, manifest.position) == ((clip,), "last")
 
 
 def test_clips_that_are_too_long_together_are_not_joined():

@@ -1,14 +1,19 @@
 """`animate` and `extend` of Studio, Client and AsyncClient, with weights whose preset declares these tasks."""
 
+import io
+
+import av
 import pytest
 from PIL import Image
 
 from omnivideo.errors import InvalidInput
+from omnivideo.manifests import FrameManifest, JoinManifest, parse_manifest
 from omnivideo.settings import load_settings
 from omnivideo.wiring import ServiceWiring
 from tests.sdk.test_parity import KINDS, open_kind
 from tests.support.api_server import run_api_server
 from tests.support.continuations import declare_everywhere, make_frames
+from tests.support.sound import encode_with_sound
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +70,17 @@ def test_a_result_is_extended_and_extended_again(sdk, first_results):
     check_same(first_results, "extended", clip)
 
 
+def test_an_extended_clip_keeps_its_sound(sdk, tmp_path):
+    """Also in the file that is extended again."""
+    (tmp_path / "a.mp4").write_bytes(encode_with_sound("mp4", "libx264", "aac", 2))
+    longer = sdk.extend(sdk.extend(tmp_path / "a.mp4", "on", steps=1), "on", steps=1)
+    written = parse_manifest(longer.save(tmp_path / "b.mp4").with_name("b.mp4.json").read_bytes())
+    for data in (longer.data, (tmp_path / "b.mp4").read_bytes()):
+        with av.open(io.BytesIO(data)) as container:
+            seconds = [float(stream.duration * stream.time_base) for stream in container.streams]
+        assert seconds == pytest.approx([4, 2], abs=0.05) and written.sound == "kept"
+
+
 @pytest.mark.parametrize(("method", "source", "options", "field", "message"), [
     ("animate", make_frames(9), {}, "source", "it is a clip"),
     ("animate", make_frames(1)[0], {"last_image": make_frames(9)}, "last_image", "it is a clip"),
@@ -96,3 +112,22 @@ def test_a_picture_becomes_a_longer_and_longer_clip_in_a_thread(sdk):
     _, joined, longer, other = thread.get_artifacts()[-4:]
     assert (joined.frames, longer.frames, other.frames) == (42, 58, 58) and longer.source == other.source == joined.key
     assert longer.key != other.key and len(thread.fetch_artifact(joined).frames) == 42
+
+
+def test_what_is_made_of_other_results_has_a_manifest(sdk, tmp_path):
+    """A joined clip and a frame name their parts, which can be fetched; they have no seed of their own."""
+    thread = sdk.open_thread()
+    list(thread.send("put the two clips together", [make_frames(9), make_frames(5, seed=1)]))
+    list(thread.send("give me the last frame"))
+    *clips, joined, frame = thread.get_artifacts()
+    result, still = thread.fetch_artifact(joined), thread.fetch_artifact(frame)
+    assert isinstance(result.manifest, JoinManifest) and isinstance(still.manifest, FrameManifest)
+    assert (list(result.manifest.parts), list(still.manifest.parts)) == (clips, [joined])
+    assert [len(thread.fetch_artifact(part).frames) for part in result.manifest.parts] == [9, 5]
+    assert result.fps == 8 and result.prompt == joined.caption and "14 frames at 8 fps, joined" in repr(result)
+    with pytest.raises(InvalidInput, match="seed: this was made of other results"):
+        _ = result.seed
+    for name, saved in (("a.mp4", result), ("a.gif", result), ("a.png", still)):
+        written = parse_manifest((saved.save(tmp_path / name)).with_name(f"{name}.json").read_bytes())
+        assert written == saved.manifest, name
+    list(thread.send("as a gif"))

@@ -37,13 +37,25 @@ def program(name: str, package: str, untested: str) -> str:
     return shutil.which(name) or f"/usr/sbin/{name}"
 
 
+def accepts_connections(address: int | Path) -> bool:
+    """Return whether a server listens on a port of this machine, or on a Unix socket.
+
+    A refused connection of httpx would stay open.
+    """
+    is_path = isinstance(address, Path)
+    with suppress(OSError), socket.socket(socket.AF_UNIX if is_path else socket.AF_INET) as connection:
+        connection.settimeout(1)
+        connection.connect(str(address) if is_path else ("127.0.0.1", address))
+        return True
+    return False
+
+
 def wait_for(port: int, process: subprocess.Popen[bytes], seconds: float = 60) -> None:
     """Wait until a process listens on the port."""
     until = time.monotonic() + seconds
     while time.monotonic() < until and process.poll() is None:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
+        if accepts_connections(port):
+            return
         time.sleep(0.05)
     raise AssertionError(f"the server on port {port} did not start")
 

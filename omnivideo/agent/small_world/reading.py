@@ -49,6 +49,7 @@ ADDED_SECONDS = re.compile(
 ADDING = re.compile(r"\b(?:longer|add|extend|another|more|extra|continue|prolong|lengthen|by)\b")
 ATTACH = re.compile(r"\b(?:attach|append|add|glue|put)\b")
 ATTACHED_TO = re.compile(r"\b(?:to|after|behind|at the end of)\b")  # behind such a word
+BOUNCING = {"bounce", "bouncing", "bounces"}
 CORNERS = re.compile(r"\b(?:with|has|having) (?:only |exactly )?(no|one|two|three|four|five|six) corners\b")
 
 
@@ -151,7 +152,7 @@ def read_request(text: str, normalized: str, tokens: Sequence[Token], context: C
     tokens = named_tokens
     unknown = [token.text for token in tokens if not token.is_known]
     if unknown:
-        return [build_unknown(text, tokens, unknown, context)]
+        return [read_unknown_motion(text, unknown, context) or build_unknown(text, tokens, unknown, context)]
     is_correction = bool(load_pattern("correction").match(normalized))
     if is_scene_request(tokens, context, is_correction=is_correction):
         return [read_scene_action(text, normalized, tokens, context)]
@@ -172,6 +173,8 @@ def read_request(text: str, normalized: str, tokens: Sequence[Token], context: C
         return [Reading("decline", text, message=replies.build_impossible_reply("place", context.preset))]
     if is_correction:
         changes = [correct_background(change, context) for change in changes]
+    if not changes and context.medium == "image" and says_open_motion(tokens):
+        return [read_task(text, "image-to-video", context)]
     if not changes:
         return [Reading("ask", text, message=replies.build_unclear_question())]
     is_count = len(changes) == 1 and changes[0].kind == "count" and not load_pattern("sequence").search(normalized)
@@ -223,6 +226,24 @@ def build_unknown(text: str, tokens: Sequence[Token], unknown: list[str], contex
     return Reading("ask", text, message=f"I am not sure what you mean: {message} What should I make?")
 
 
+def read_unknown_motion(text: str, unknown: Sequence[str], context: Context) -> Reading | None:
+    """Return the reading of a picture's motion that has no word in the world ("let it spin"); None for other requests.
+
+    Where pictures can be animated, only bouncing is read: whatever moves bounces off the edges of the frame.
+    """
+    motion = media_words.MOTION_REQUEST.search(text) if context.medium == "image" else None
+    if motion is None or not all(word in motion[0].lower() for word in unknown):
+        return None
+    is_animated = "image-to-video" in context.preset.sampling
+    return None if is_animated and not BOUNCING.issuperset(unknown) else read_task(text, "image-to-video", context)
+
+
+def says_open_motion(tokens: Sequence[Token]) -> bool:
+    """Return whether words say that something is to move, but not where to: "make it move"."""
+    has_subject = any(token.has("reference", "rest", "shape", "plural", "thing") for token in tokens)
+    return has_subject and any(token.has("go") for token in tokens)
+
+
 def read_task(text: str, task: str, context: Context) -> Reading:
     """Return the reading of a request to animate a picture, to go from one picture to another, or to join clips."""
     if task == "join-clips":
@@ -235,8 +256,8 @@ def read_task(text: str, task: str, context: Context) -> Reading:
             return Reading("ask", text, message=replies.TWO_PICTURES_QUESTION)
         return build_task_reading(text, "keyframes-to-video", str(pictures[-2]), pictures[-1])
     reference = find_ordinal(text, (), context)[0]
-    named = int(reference) if reference.isdigit() else context.number
-    if named not in pictures and reference != "described":
+    is_picture = int(reference) in pictures if reference.isdigit() else context.medium == "image"
+    if not is_picture and reference != "described":
         return Reading("do", text)  # a clip moves already; its motion may change
     return build_task_reading(text, "image-to-video", reference)
 

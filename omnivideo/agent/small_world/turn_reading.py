@@ -13,7 +13,7 @@ from omnivideo.agent.small_world.changed_scenes import describe_changed_scene
 from omnivideo.agent.small_world.conditions import resolve_condition
 from omnivideo.agent.small_world.edits import read_edit
 from omnivideo.agent.small_world.lexicon import Token, correct_spelling, load_lexicon, normalize_text, tokenize
-from omnivideo.agent.small_world.reading import is_in_trained_words, read_action
+from omnivideo.agent.small_world.reading import is_in_trained_words, is_scene_request, read_action
 from omnivideo.agent.small_world.readings import Context, Reading
 from omnivideo.agent.small_world.referring import name_referents, read_current_scene
 from omnivideo.agent.small_world.retractions import take_back_words
@@ -21,6 +21,7 @@ from omnivideo.agent.small_world.scenes import NUMBER_WORDS, ObjectRequest, read
 from omnivideo.agent.small_world.specifications import reword_specification
 from omnivideo.agent.small_world.turn_checks import find_question
 from omnivideo.agent.small_world.wordings import load_pattern, load_rewritings
+from omnivideo.contracts import Medium
 from omnivideo.turns import ExecutedCommand
 
 ABOUT_RESULT = ("addition", "comparison", "one_more")  # what is said of a result even in words of requests for new ones
@@ -230,15 +231,18 @@ def update_context(context: Context, reading: Reading) -> Context:
     if reading.goal == "understand":
         return replace(context, last_request=reading.text)
     context = replace(context, last_request=reading.text)
+    is_made = reading.goal in ("generate", "") and has_shape(reading.text)
+    is_made = is_made and is_scene_request(tokenize(reading.text), context, is_correction=False)
     if reading.goal == "edit" and not reading.reference.isdigit():
         describe, medium = context.describe, context.medium or ""
         context = replace(context, describe=lambda: describe_changed_scene(describe(), reading.text, medium))
-    elif reading.goal in ("generate", "") and has_shape(reading.text) and context.medium is None:
+    elif is_made:
         context = replace(context, describe=lambda: reading.text)
     if reading.medium in ("image", "video"):
         return replace(context, medium=reading.medium)
     scene = read_scene(tokenize(reading.text))
-    return replace(context, medium=context.medium or ("video" if scene.is_video else "image"))
+    made: Medium = "video" if scene.is_video else "image"
+    return replace(context, medium=made if is_made else context.medium or made)
 
 
 # ---------------------------------------------------------------- the actions of a turn

@@ -37,7 +37,7 @@ from omnivideo.api.waiting_jobs import WaitingJobs
 from omnivideo.contracts import Artifact, JobState, JobStatus
 from omnivideo.errors import InvalidInput
 from omnivideo.media.artifacts import convert_picture
-from omnivideo.presets import get_preset
+from omnivideo.presets import get_preset, get_sampling_defaults
 
 router = APIRouter(route_class=ServiceRoute, prefix="/v1/videos", tags=["videos"], responses=ERROR_RESPONSES)
 VideoStatus = Literal["queued", "in_progress", "completed", "failed", "cancelled", "expired"]
@@ -215,10 +215,10 @@ def extend_video(
 
     `seconds`, or `num_frames`, is what is added. A model that cannot continue clips refuses every request.
     """
-    tasks = get_preset(context.settings.preset).sampling
-    if "video-extension" not in tasks:
-        message = f"video: this model cannot continue a clip; its tasks are {', '.join(tasks)}"
-        raise APIError(400, message, "video", "unsupported")
+    try:
+        get_sampling_defaults(get_preset(context.settings.preset), "video-extension", "video")
+    except InvalidInput as error:
+        raise APIError(400, str(error), error.field, "unsupported") from None
     payload = validate_fields(VideoExtensionRequest, fields)
 
     def build_job(job_id: str) -> JobRequest:

@@ -4,7 +4,7 @@ Shapes: B clips in one pass, F frames, Q visual tokens of width E, L condition t
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -86,12 +86,9 @@ def generate_clip(
             target = medium_from_params(params)
             experts = omni.build_experts([prompt], [features], params.negative_prompt, target, context_1zThw)
         given = source_1zThw if params.given_frames else None
-        if initial_state is not None:
-            x_1zThw = initial_state.latents  # the result, if it was saved after the last step
         seeds = [(params.seed + index) % (MAX_SEED + 1)]
-        for progress in denoise_clips(omni, experts, seeds, params, initial_state, seconds_by_stage, given, finished):
-            yield progress
-            x_1zThw = progress.state.latents
+        settings = (seeds, params, initial_state, seconds_by_stage, given, finished)
+        x_1zThw = yield from denoise_clips(omni, experts, *settings)
         finished, initial_state = (*finished, x_1zThw), None
         frames.append(decode_clip(omni, x_1zThw, params, seconds_by_stage))
     joined = np.concatenate([frames[0], *(later[params.given_frames :] for later in frames[1:])])
@@ -122,11 +119,7 @@ def generate_clip_batch(
     seconds_by_stage: dict[str, float] = {}
     with time_stage(seconds_by_stage, "condition"), name_part("adapter"):
         experts = omni.build_experts(prompts, features, params.negative_prompt, medium_from_params(params))
-    if initial_state is not None:
-        x_BzThw = initial_state.latents
-    for progress in denoise_clips(omni, experts, seeds, params, initial_state, seconds_by_stage):
-        yield progress
-        x_BzThw = progress.state.latents
+    x_BzThw = yield from denoise_clips(omni, experts, seeds, params, initial_state, seconds_by_stage)
     shared_seconds = {stage: round(seconds / len(prompts), 3) for stage, seconds in seconds_by_stage.items()}
     clips = []
     for x_zThw in x_BzThw:
@@ -144,8 +137,8 @@ def denoise_clips(
     seconds_by_stage: dict[str, float],
     given_BzThw: Tensor | None = None,
     finished: tuple[Tensor, ...] = (),
-) -> Iterator[DenoisingProgress]:
-    """Yield the progress of each denoising step; the last state holds the clean latents [B, z, T, h, w].
+) -> Generator[DenoisingProgress, None, Tensor]:
+    """Yield the progress of each denoising step, and return the clean latents [B, z, T, h, w].
 
     `given_BzThw` are the latents of the first frames, `finished` those of the passes before this one.
     """
@@ -169,10 +162,11 @@ def denoise_clips(
         all_completed_steps = len(finished) * params.steps + completed_steps
         eta_seconds = seconds_per_step * (total_steps - all_completed_steps)
         progress = StepProgress(step=all_completed_steps, steps=total_steps, eta_seconds=eta_seconds)
-        state = replace(denoising_step.state, finished=finished)
+        x_BzThw, state = denoising_step.state.latents, replace(denoising_step.state, finished=finished)
         yield DenoisingProgress(progress, denoising_step.clean_latents, state)
     seconds = seconds_by_stage.get("denoising", 0.0) + time.perf_counter() - started_at
     seconds_by_stage["denoising"] = round(seconds, 3)
+    return x_BzThw  # those of `initial_state`, if it was saved after the last step
 
 
 def encode_source(omni: OmniVideoModel, source: np.ndarray | Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """Render a job with the decoder and store its artifact. Every queue and worker renders through this module."""
 
 import base64
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -22,7 +21,6 @@ from omnivideo.backends.mllm.local import LocalMLLM
 from omnivideo.contracts import (
     Artifact,
     Job,
-    Manifest,
     MLLMRequest,
     ModelIdentity,
     Preview,
@@ -31,6 +29,7 @@ from omnivideo.contracts import (
     compute_latent_grid,
 )
 from omnivideo.errors import ArtifactNotFound, InvalidInput
+from omnivideo.manifests import Manifest, encode_manifest
 from omnivideo.media.artifacts import encode_clip, load_frames, to_png_bytes
 from omnivideo.media.extension import join_extension, read_last_frames
 from omnivideo.media.masks import keep_masked_pixels, read_mask
@@ -198,13 +197,14 @@ class Renderer:
     # ------------------------------------------------------------ storing
 
     def encode_result(self, job: Job, clip: GeneratedClip) -> tuple[bytes, str, str | None]:
-        """Return a clip's file and suffix, with the sound of its source where the length is unchanged, and a note."""
+        """Return a clip's file and suffix, with its source's sound where it can be kept, and a note about that."""
         fps, source = job.params.fps, job.source
         media_bytes, suffix = encode_clip(self.apply_mask(job, clip.frames), fps)
         if source is None or source.medium != "video" or suffix != "mp4":
             return media_bytes, suffix, None
         try:
-            sound = SoundSource(self.store.get(source.key), source.frames / source.fps)
+            is_beginning = job.task == "video-extension"
+            sound = SoundSource(self.store.get(source.key), source.frames / source.fps, is_beginning)
         except ArtifactNotFound:  # the latents of the source were enough to edit it
             return media_bytes, suffix, None
         edited_bytes, note = keep_sound(media_bytes, sound, len(clip.frames) / fps, fps)
@@ -241,7 +241,7 @@ class Renderer:
             frames=len(clip.frames),
             fps=params.fps,
             caption=job.prompt,
-            manifest=self.store.put(json.dumps(manifest.model_dump(), indent=2).encode(), "json"),
+            manifest=self.store.put(encode_manifest(manifest), "json"),
             latents=put_tensors(self.store, {"latents": clip.latents}) if has_all_latents else None,
             source=None if job.source is None else job.source.key,
             preview=self.store.put(encode_animation(clip.frames, params.fps), "webp") if suffix == "mp4" else None,

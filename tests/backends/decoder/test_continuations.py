@@ -1,8 +1,10 @@
 """Clips that begin with given frames: what is kept, how long they are, and that the same job gives the same bytes."""
 
+import io
 import json
 from dataclasses import replace
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,9 @@ import torch
 from omnivideo.backends.decoder.pipeline import GeneratedClip
 from omnivideo.backends.decoder.renderer import Renderer
 from omnivideo.backends.decoder.resume import pack_resume_point, unpack_resume_point
-from omnivideo.contracts import Artifact, Job, Manifest, resolve_sampling_params
+from omnivideo.contracts import Artifact, Job, resolve_sampling_params
 from omnivideo.errors import InvalidInput
+from omnivideo.manifests import Manifest
 from omnivideo.media.artifacts import load_frames
 from omnivideo.media.extension import join_extension
 from omnivideo.models.vae import decode_latents, encode_pixels, pixels_from_bytes, pixels_to_bytes
@@ -20,6 +23,7 @@ from omnivideo.presets.shapes import SourceLength
 from omnivideo.storage.objects.memory import MemoryObjectStore
 from omnivideo.storage.objects.tensors import get_tensors
 from tests.support.continuations import PRESET, declare_tasks, make_frames, store_frames
+from tests.support.sound import encode_with_sound
 
 
 @pytest.fixture
@@ -111,6 +115,20 @@ def test_the_end_of_a_source_turns_into_its_rendering_step_by_step():
     source, generated = np.zeros((12, 4, 4, 3), np.uint8), np.full((17, 4, 4, 3), 90, np.uint8)
     joined = join_extension(source, generated, 9)
     assert joined[:, 0, 0, 0].tolist() == [0, 0, 0, *range(10, 91, 10), *[90] * 8]
+
+
+def test_an_extended_clip_keeps_its_sound(renderer):
+    data = encode_with_sound("mp4", "libx264", "aac", 2)
+    source = Artifact(
+        key=renderer.store.put(data, "mp4"), medium="video", width=64, height=48, frames=16, fps=8, caption="a file",
+        created_by="upload",
+    )  # fmt: skip
+    artifact = render(renderer, build_job("video-extension", source))[2]
+    with av.open(io.BytesIO(renderer.store.get(artifact.key))) as container:
+        seconds = [float(stream.duration * stream.time_base) for stream in container.streams]
+    assert seconds == pytest.approx([3, 2], abs=0.05) and artifact.frames == 24
+    manifest = Manifest.parse_stored(renderer.store.get(artifact.manifest))
+    assert manifest.sound == "kept" and renderer.replay_manifest(manifest) == artifact.key
 
 
 def test_an_extended_clip_keeps_its_size(renderer):

@@ -12,8 +12,9 @@ import torch
 from omnivideo.backends.decoder.renderer import Renderer
 from omnivideo.backends.mllm.local import LocalMLLM
 from omnivideo.backends.mllm.server import LRUObjectStore
-from omnivideo.contracts import Artifact, Job, Manifest, MLLMRequest, resolve_sampling_params
+from omnivideo.contracts import Artifact, Job, MLLMRequest, resolve_sampling_params
 from omnivideo.errors import ArtifactNotFound, CheckpointError, InvalidInput
+from omnivideo.manifests import Manifest
 from omnivideo.media.ingest import ingest_media
 from omnivideo.models.weights.checkpoint import load
 from omnivideo.presets import TINY

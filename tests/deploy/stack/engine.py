@@ -3,17 +3,16 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from tests.support.servers import apt_install
+from tests.support.servers import accepts_connections, apt_install
 
 API_VERSION = "v1.41"  # of Docker 20.10, the oldest engine that the deployment supports
 START_TIMEOUT_SECONDS = 60
@@ -106,14 +105,6 @@ def install_compose(programs: Path) -> None:
     subprocess.run(["dpkg-deb", "-x", package, scratch / "files"], check=True)
     shutil.copy(scratch / "files/usr/libexec/docker/cli-plugins/docker-compose", plugin)
     shutil.rmtree(scratch)
-
-
-def accepts_connections(path: Path) -> bool:
-    """Return whether a server listens on a Unix socket. A refused connection of httpx would stay open."""
-    with suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
-        connection.connect(str(path))
-        return True
-    return False
 
 
 @contextmanager

@@ -106,7 +106,7 @@ def test_a_faulty_clip_does_not_end_the_run(tmp_path):
 def test_a_fault_of_all_clips_ends_the_run():
     """The report of a fault of one clip contains no path."""
     from omnivideo.errors import CheckpointError, StoreError
-    from omnivideo.training.curation.pipeline import run_safely
+    from omnivideo.training.curation.workers import run_safely
 
     def failing(error: Exception) -> Callable[[dict], dict]:
         def task(item: dict) -> dict:
