@@ -34,7 +34,8 @@ def split_changes(text: str, context: Context) -> list[str]:
         names = list_object_names(context)
         others = [name for name in names if not kept & {obj.shape for obj in read_scene(tokenize(name)).objects}]
         return [f"remove {name}" for name in others] if len(others) < len(names) else []
-    return split_bare_changes(text, context)
+    is_statement = load_pattern("statement").fullmatch(normalized) is not None
+    return [] if is_statement else split_bare_changes(text, context)
 
 
 def split_by_results(normalized: str, context: Context) -> list[str]:
