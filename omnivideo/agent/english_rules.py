@@ -96,7 +96,9 @@ ORDINAL_INDEX = {
     "first": 0, "second": 1, "third": 2, "fourth": 3, "fifth": 4, "sixth": 5, "seventh": 6, "eighth": 7, "ninth": 8,
     "tenth": 9, "last": -1, "latest": -1, "newest": -1, "previous": -2,
 }  # fmt: skip
-ORDINAL_REFERENCE = re.compile(rf"\bthe ({'|'.join(ORDINAL_INDEX)}) ({'|'.join(MEDIUM_BY_NOUN)})\b", re.IGNORECASE)
+ORDINAL_REFERENCE = re.compile(
+    rf"(?:\bthe |^(?=previous))({'|'.join(ORDINAL_INDEX)}) ({'|'.join(MEDIUM_BY_NOUN)})\b", re.IGNORECASE
+)
 GO_BACK_REQUEST = re.compile(
     r"\b(?:go|return|switch|come) back to (?:the |my |that )?(.{1,200})$|^undo\b", re.IGNORECASE
 )

@@ -101,6 +101,7 @@ LONG = (
 )
 SLOW = (
     "agent/test_more_phrases.py::test_what_people_say_is_planned_as_they_expect",
+    "agent/test_turn_checks.py::test_what_was_written*",
     "agent/test_linear_patterns.py",
     "agent/test_conversations.py::test_the_planner_evaluation*",
     "agent/test_tracing.py",

@@ -6,11 +6,17 @@ from dataclasses import replace
 
 from omnivideo.agent import english_rules
 from omnivideo.agent.small_world import replies
+from omnivideo.agent.small_world.changed_scenes import change_scene, read_known_scene
 from omnivideo.agent.small_world.changes import IMPERATIVE_MOTIONS, WordedChange
 from omnivideo.agent.small_world.edits import read_edit
 from omnivideo.agent.small_world.lexicon import Token, load_lexicon, tokenize
 from omnivideo.agent.small_world.readings import Context, Reading, ReadingKind
-from omnivideo.agent.small_world.referring import list_object_names, read_current_scene
+from omnivideo.agent.small_world.referring import (
+    find_named_objects,
+    list_object_names,
+    name_object,
+    read_current_scene,
+)
 from omnivideo.agent.small_world.scenes import DescribedScene, read_scene
 from omnivideo.agent.small_world.wordings import load_pattern
 from omnivideo.presets import ContinuationTask
@@ -20,7 +26,9 @@ OPPOSITE_MOTIONS = {
     "left": "right", "right": "left", "up": "down", "down": "up", "growing": "shrinking", "shrinking": "growing",
 }  # fmt: skip
 TASK_BY_KIND = {"length": "video-extension"}
+ALL_OBJECTS = re.compile(r"\b(?:all|both|every|each)\b")
 SIZE_MOTION = re.compile(r"\b(?:shrink|grow)(?:s|ing)?\b", re.IGNORECASE)
+CHANGES_OF_OBJECTS = ("recolour", "reshape", "resize", "motion", "speed", "path", "remove", "place", "replace")
 MOTION_KINDS = ("motion", "speed", "path", "medium")  # of a picture, they make a clip
 
 
@@ -28,6 +36,8 @@ def read_changes(
     text: str, normalized: str, changes: Sequence[WordedChange], reference: str, context: Context
 ) -> list[Reading]:
     """Return a reading for each change; one refusal or question if any of them cannot be made."""
+    if not reference:
+        changes = [name_target_of_it(change, normalized, context) for change in changes]
     expanded = [new for change in changes for new in expand_change(change, context)]
     for change in expanded:
         if problem := find_change_problem(change, context):
@@ -118,6 +128,19 @@ def build_task_reading(text: str, task: ContinuationTask, reference: str = "", l
     return Reading("do", text, goal="edit", medium="video", reference=place, task=task, last_frame=last_frame)
 
 
+def name_target_of_it(change: WordedChange, normalized: str, context: Context) -> WordedChange:
+    """Return a change of "it", where there are several objects, as one of all or of what was named before."""
+    if change.target != "it" or change.kind not in CHANGES_OF_OBJECTS or not context.last_request:
+        return change
+    objects = read_known_scene(context).objects
+    is_of_all = ALL_OBJECTS.search(normalized) is not None
+    found = find_named_objects(context.last_request, objects) if len(objects) > 1 and not is_of_all else []
+    if len(objects) < 2 or (len(found) != 1 and not is_of_all):
+        return change
+    name = "them" if is_of_all else name_object(found[0], objects)
+    return replace(change, text=re.sub(r"\bit\b", name, change.text, count=1), target=name)
+
+
 def expand_change(change: WordedChange, context: Context) -> list[WordedChange]:
     """Return the changes that make up one change: of each object by itself, or of shape and colour."""
     edits = context.preset.edits
@@ -133,7 +156,9 @@ def expand_change(change: WordedChange, context: Context) -> list[WordedChange]:
     if change.target == "them" and change.kind in ("recolour", "reshape", "resize", "motion", "speed"):
         names = list_object_names(context)
         if len(names) > 1:
-            return [replace(change, text=change.text.replace("them", name, 1), target=name) for name in names]
+            each = [replace(change, text=change.text.replace("them", name, 1), target=name) for name in names]
+            scene = read_current_scene(context)
+            return [new for new in each if change_scene(scene, [new]) != scene] or each
         if len(names) == 1 and " " in names[0] and not names[0].endswith("s"):
             return [replace(change, text=change.text.replace("them", "it", 1), target="it")]
     return [change]

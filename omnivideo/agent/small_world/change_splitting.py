@@ -1,14 +1,19 @@
 """Split a turn into the changes of what is seen: of several results, of what has a colour, of all but one object."""
 
 import re
+from collections.abc import Sequence
 
 from omnivideo.agent import english_rules
 from omnivideo.agent.small_world.lexicon import Token, normalize_text, tokenize
 from omnivideo.agent.small_world.readings import Context
-from omnivideo.agent.small_world.referring import list_object_names
+from omnivideo.agent.small_world.referring import list_object_names, name_object
 from omnivideo.agent.small_world.scenes import read_scene
 from omnivideo.agent.small_world.wordings import load_pattern
 
+MAX_LEAD_TOKENS = 4
+ITEM_FILLERS = ("to", "should be", "becomes", "become", "is", "now", "turns", "goes", "in", "into", "a", "only")
+REMAINING = ("stays", "unchanged", "same", "the same", "stay", "keep", "remains", "as", "as it", "stays as it")
+REMOVED = ("gone", "out", "away", "off", "removed", "remove", "delete")
 MAX_CHANGED_RESULTS = 4  # by one "both" or "all"
 
 
@@ -29,7 +34,8 @@ def split_changes(text: str, context: Context) -> list[str]:
         names = list_object_names(context)
         others = [name for name in names if not kept & {obj.shape for obj in read_scene(tokenize(name)).objects}]
         return [f"remove {name}" for name in others] if len(others) < len(names) else []
-    return split_bare_changes(text, context)
+    is_statement = load_pattern("statement").fullmatch(normalized) is not None
+    return [] if is_statement else split_bare_changes(text, context)
 
 
 def split_by_results(normalized: str, context: Context) -> list[str]:
@@ -55,22 +61,52 @@ def exchange_colours(old: str, new: str, context: Context) -> list[str]:
     scene, colour = read_scene(tokenize(context.describe())), tokens[0].get("colour")
     if scene.background == colour:
         return [f"change the background to {new}"]
-    return [f"make the {obj.shape} {new}" for obj in scene.objects if obj.colour == colour]
+    return [f"make {name_object(obj, scene.objects)} {new}" for obj in scene.objects if obj.colour == colour]
 
 
 def split_bare_changes(text: str, context: Context) -> list[str]:
-    """Return "make the circle yellow" for each part of "circle yellow, star green"; [] for other texts."""
+    """Return "make the circle yellow" for each item of "circle yellow, star: green, white background"; or []."""
     groups: list[list[Token]] = [[]]
-    for token in tokenize(text):
-        if token.text in (",", "and", ";", "."):
+    for token in skip_lead(tokenize(text)):
+        if token.text in (",", "and", ";", ".", "!"):
             groups.append([])
-        else:
+        elif token.text not in (":", "please") and not (token.text == "the" and not groups[-1]):
             groups[-1].append(token)
     groups = [group for group in groups if group]
-    for noun, *values in groups:
-        if not (noun.has("shape") and len(values) == 1 and values[0].has("colour", "size")):
-            return []
-    shapes = {obj.shape for obj in read_scene(tokenize(context.describe())).objects} if groups else set()
-    if not groups or not {group[0].get("shape") for group in groups} <= shapes:
+    changes = [read_item(group) for group in groups]
+    named = {group[0].get("shape") for group in groups} - {None}
+    if not named or None in changes:
         return []
-    return [f"make the {noun.text} {value.text}" for noun, value in groups]
+    shapes = {obj.shape for obj in read_scene(tokenize(context.describe())).objects}
+    return [change for change in changes if change] if named <= shapes else []
+
+
+def skip_lead(tokens: Sequence[Token]) -> Sequence[Token]:
+    """Return the tokens after words such as "changes:" at the beginning of a list."""
+    mark = next((index for index, token in enumerate(tokens[:MAX_LEAD_TOKENS]) if token.text == ":"), -1)
+    return tokens if any(token.has("shape", "ground") for token in tokens[: mark + 1]) else tokens[mark + 1 :]
+
+
+def read_item(group: Sequence[Token]) -> str | None:
+    """Return the change that an item of a list stands for, "" if it changes nothing, and None for other words."""
+    grounds = [token for token in group if token.has("ground")]
+    colours = [token for token in group if token.has("colour")]
+    others = [token for token in group if not token.has("ground", "colour") and token.text not in ITEM_FILLERS]
+    if grounds:
+        is_complete = len(grounds) == len(colours) == 1 and not others
+        return f"change the background to {colours[0].text}" if is_complete else None
+    noun, *values = group
+    values = [token for token in values if token.text not in ITEM_FILLERS]
+    is_of_all = noun.get("reference") == "them" or noun.text == "all"
+    if not noun.has("shape") and not is_of_all:
+        return None
+    target = "them" if is_of_all else f"the {noun.text}"
+    words = " ".join(token.text for token in values)
+    if words in REMAINING:
+        return ""
+    if words in REMOVED:
+        return f"remove {target}"
+    if len(values) != 1 or not values[0].has("colour", "size", "direction"):
+        return None
+    direction = values[0].get("direction")
+    return f"make {target} {f'move {direction}' if direction else words}"

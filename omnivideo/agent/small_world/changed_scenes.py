@@ -8,7 +8,12 @@ from typing import Any
 from omnivideo.agent.small_world.changes import IMPERATIVE_MOTIONS, WordedChange
 from omnivideo.agent.small_world.edits import read_edit
 from omnivideo.agent.small_world.lexicon import tokenize
+from omnivideo.agent.small_world.readings import Context
 from omnivideo.agent.small_world.scenes import DescribedScene, ObjectRequest, read_scene
+from omnivideo.contracts import Artifact
+
+KNOWN_CHANGES = ("background", "add", "remove", "reshape", "recolour", "motion")
+MAX_CHANGES = 50  # of one result after the other
 
 
 def describe_changed_scene(description: str, text: str, medium: str) -> str:
@@ -43,7 +48,7 @@ def change_scene(scene: DescribedScene, changes: Sequence[WordedChange]) -> Desc
         elif change.kind == "motion":
             words = change.text.removeprefix(f"make {change.target} ")
             motion = next(motion for motion, imperative in IMPERATIVE_MOTIONS.items() if imperative == words)
-            scene = change_objects(scene, change.target, motion=motion)
+            scene = change_objects(scene, change.target, motion=motion, second_motion=None)
     return scene
 
 
@@ -58,3 +63,40 @@ def is_target(obj: ObjectRequest, target: str) -> bool:
     (named, *_) = read_scene(tokenize(re.sub(r"\b(?:one|object)$", "", target))).objects or [ObjectRequest()]
     pairs = ((named.shape, obj.shape), (named.colour, obj.colour), (named.size, obj.size))
     return all(wanted in (None, found) for wanted, found in pairs)
+
+
+def read_known_scene(context: Context) -> DescribedScene:
+    """Return what the current result shows: by the requests for it, or else by the MLLM's description."""
+    planned = None if context.is_changed else read_planned_scene(context.artifacts, context.number)
+    return planned or read_scene(tokenize(context.describe()))
+
+
+def read_planned_scene(artifacts: Sequence[Artifact], number: int) -> DescribedScene | None:
+    """Return what a result should show by the requests for it and for what it was made from; None if that is unclear.
+
+    `number` is that of the result, from 1; 0 is none.
+    """
+    texts, medium = list[str](), ""
+    while 0 < number <= len(artifacts) and len(texts) < MAX_CHANGES:
+        artifact = artifacts[number - 1]
+        texts.append(artifact.caption)
+        medium = medium or artifact.medium
+        if artifact.source is None:
+            break
+        number = next((index for index in range(number - 1, 0, -1) if artifacts[index - 1].key == artifact.source), 0)
+    else:
+        return None
+    scene = read_scene(tokenize(texts.pop()))
+    is_complete = bool(scene.objects) and all(obj.shape for obj in scene.objects)
+    if not is_complete or scene.conflicts or scene.leftovers or scene.unknown:
+        return None
+    for text in reversed(texts):
+        restated = read_scene(tokenize(text))
+        changes = read_worded_changes(text, medium)
+        if restated.background and restated.objects and all(obj.shape and obj.colour for obj in restated.objects):
+            scene = restated  # think mode states the whole result
+        elif changes and all(change.kind in KNOWN_CHANGES for change in changes):
+            scene = change_scene(scene, changes)
+        else:
+            return None
+    return scene

@@ -5,7 +5,7 @@ objects ("a red star"); a new verb or another target begins the next one.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from omnivideo.agent.small_world.changes import IMPERATIVE_MOTIONS, Clause, WordedChange, build_changes
 from omnivideo.agent.small_world.lexicon import Token, load_lexicon, name_target
@@ -22,6 +22,7 @@ EDIT_VERBS = ("add", "remove", "replace", "swap")
 CONJUNCTIONS = ("and", "but", "then", ",", ";", ".", "only", "while")
 CORRECTIONS = ("sorry", "i meant", "i mean", "mean", "meant", "wait", "no", "actually", "rather")
 NEGATIONS = ("not", "no", "never", "neither", "nor")
+PLACE_FILLERS = ("in", "at", "on", "the", "to", "into")  # before a region
 DETERMINERS = ("the", "its", "their", "that", "this", "those", "these", "both", "all", "his", "same")
 PLACE_WORDS = ("to", "beside", "near", "by", "alongside", "behind", "with")  # before what is there: "next to it"
 ATTRIBUTES = {
@@ -195,8 +196,15 @@ class EditReader:
         stop = end + 1
         while stop < len(self.tokens) and self.tokens[stop].has("motion", "go", "direction", "region", "speed"):
             stop += 1
+        place = stop + sum(token.text in PLACE_FILLERS for token in self.tokens[stop : stop + 2])
+        if stop < place < len(self.tokens) and self.tokens[place].has("region"):  # "in the top right"
+            stop = place + 1
         words = self.tokens[self.position : stop]
         objects = read_scene(words).objects
+        if (
+            len(objects) == 1 and objects[0].shape is None and self.clause.new_objects
+        ):  # "a blue square and a green one"
+            objects = [replace(objects[0], shape=self.clause.new_objects[-1].shape)]
         if self.is_kept and objects and objects[0].shape:
             self.result.kept["shape"] = objects[0].shape
         if not (self.is_negated or self.is_kept):
@@ -205,8 +213,9 @@ class EditReader:
         return stop - self.position
 
     def read_value(self, token: Token) -> int:
-        if token.has("resize") and token.has("motion") and self.clause.target:  # "make it shrink", not "shrink it"
-            return self.set_value("motion", token.get("motion") or "")
+        is_motion = token.has("motion") or (token.text == "shrink" and not self.is_still)
+        if token.has("resize") and is_motion and self.clause.target:  # "make it shrink", not "shrink it"
+            return self.set_value("motion", token.get("motion") or "shrinking")
         for category, name in (("longer", "length"), ("resize", "size"), ("size", "size"), ("speed", "speed")):
             if value := token.get(category):
                 return self.set_value(name, value)

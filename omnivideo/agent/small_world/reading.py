@@ -127,6 +127,8 @@ def is_in_trained_words(text: str, normalized: str, tokens: Sequence[Token], con
     words = re.findall(r"[a-z0-9'-]+", text.lower())
     lexicon = load_lexicon()
     known = lexicon.described | english_rules.load_plain_words()
+    if load_pattern("untrained").search(normalized):
+        return False
     has_subject = any(token.has("shape", "plural", "thing", "reference") for token in tokens)
     return has_subject and len(words) > 3 and known.issuperset(words)
 
@@ -291,7 +293,8 @@ def is_scene_request(tokens: Sequence[Token], context: Context, *, is_correction
             token.has("reference") and not is_relative(tokens, index) for index, token in enumerate(tokens[:first])
         )  # "it" after a shape can only be that shape
         return not is_change and (has_shape or any(token.has("medium") for token in tokens))
-    if is_worded_as_change(tokens):
+    is_put = tokens[0].has("put") and not any(token.has("ground") for token in tokens)
+    if is_put or is_worded_as_change(tokens):
         return False
     texts = [token.text for token in tokens]
     definite = any(
@@ -355,6 +358,8 @@ def read_scene_action(text: str, normalized: str, tokens: Sequence[Token], conte
         )
     if scene.conflicts:
         return Reading("ask", text, message=replies.build_contradiction_question(*scene.conflicts[0]))
+    if any(obj.colour and obj.colour == scene.background for obj in scene.objects):
+        return Reading("ask", text, message=replies.INVISIBLE_QUESTION.format(scene.background))
     if any(obj.second_motion for obj in scene.objects) and "path" not in context.preset.edits:
         return Reading("decline", text, message=replies.build_impossible_reply("path", context.preset))
     for leftover, question in replies.SCENE_QUESTIONS.items():

@@ -114,6 +114,14 @@ def list_names(text: str) -> list[str]:
     return names
 
 
+def find_named_objects(text: str, objects: Sequence[ObjectRequest]) -> list[ObjectRequest]:
+    """Return the objects that an earlier text names; by their shapes alone if their colours have been changed."""
+    names = list_names(text)
+    found = [obj for obj in objects if any(is_meant(name, obj) for name in names)]
+    shapes = {token.get("shape") for name in names for token in tokenize(name)} - {None}
+    return found or [obj for obj in objects if obj.shape in shapes]
+
+
 def find_by_place(match: re.Match[str], scene: DescribedScene, earlier: str) -> list[ObjectRequest]:
     """Return the object on a side: by its place, by its relation to the other one, or by the order of two."""
     side = SIDES[next(word for word in (match["side"], match["place"]) if word)]

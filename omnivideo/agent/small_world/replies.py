@@ -56,6 +56,10 @@ def build_empty_question() -> str:
     return f"What should I draw? For example: {load_lexicon().facts.example}."
 
 
+INVISIBLE_QUESTION = "It could not be seen on a {} background. Which other colour should it have?"
+INVISIBLE_CHANGE_QUESTION = "It could not be seen: I see {}. Which other colour should it have?"
+
+
 def build_help() -> str:
     """Return what the world has and which commands there are."""
     return f"{load_lexicon().facts.contents} {HELP_OPEN}"

@@ -1,53 +1,200 @@
-"""Whether the readings of a turn leave out a part of it, so that the user is asked instead of shown a wrong result."""
+"""Whether the readings of a turn account for its words, so that the user is asked instead of shown a wrong result."""
 
-from omnivideo.agent.small_world.changed_scenes import describe_changed_scene
-from omnivideo.agent.small_world.lexicon import load_lexicon, normalize_text, tokenize
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+from omnivideo.agent import english_rules
+from omnivideo.agent.small_world import replies
+from omnivideo.agent.small_world.changed_scenes import change_scene, is_target, read_planned_scene, read_worded_changes
+from omnivideo.agent.small_world.changes import WordedChange
+from omnivideo.agent.small_world.lexicon import Token, load_lexicon, normalize_text, tokenize
 from omnivideo.agent.small_world.readings import Context, Reading
-from omnivideo.agent.small_world.scenes import read_scene
-from omnivideo.agent.small_world.wordings import load_pattern
+from omnivideo.agent.small_world.referring import read_current_scene
+from omnivideo.agent.small_world.scenes import DescribedScene
+from omnivideo.agent.small_world.wordings import load_pattern, load_weighty_words
 
 # What is named shortly after them is not meant, or stays as it is.
 NEGATING_WORDS = {
     "not", "no", "instead", "never", "without", "than", "from", "remove", "keep", "leave", "was", "were",
 }  # fmt: skip
+CHANGES_OF_OBJECTS = ("recolour", "reshape", "resize", "motion", "speed", "path", "remove", "place")
+CHANGES_OF_VALUES = ("recolour", "reshape", "motion", "background")  # whose result the words alone say
+VALUE_CATEGORIES = ("colour", "shape", "plural", "speed", "direction", "motion", "region", "relation")
+# Words for one place or direction count as one value, since a reading may name it by another category.
+SHARED_VALUES = {
+    "left of": {"left"}, "right of": {"right"}, "above": {"up"}, "below": {"down"}, "top": {"up"}, "bottom": {"down"},
+    "top left": {"up", "left"}, "top right": {"up", "right"},
+    "bottom left": {"down", "left"}, "bottom right": {"down", "right"},
+}  # fmt: skip
+REFERRING_WORDS = ("same", "previous", "other", "third", "too")  # to what there is
+UNKNOWN_PLACES = ("behind", "between", "around")  # of a new object
+EDIT_KINDS = ("resize", "speed", "path", "place", "swap")  # those that not every preset declares
+MOTIONS_OF_SIZE = {"grow": "growing", "shrink": "shrinking"}
 
 
-def is_part_left_out(readings: list[Reading], text: str, context: Context) -> bool:
-    """Return whether a text names what no reading has: a number of results, or a colour or shape that is new.
+def find_question(readings: Sequence[Reading], said: str, text: str, context: Context) -> str:
+    """Return what the user is asked if the readings do not account for what was said; "" if they do.
+
+    `text` is what was read of it, without what is said around a request. `context` is that before the turn.
+    """
+    made = [reading for reading in readings if reading.kind == "do" and is_result(reading, context)]
+    if not made or len(made) < len(readings) or any(reading.task or reading.joined for reading in made):
+        return ""
+    is_generated = all(reading.goal == "generate" for reading in made)
+    is_about_result = is_generated and context.medium is not None and refers_to_result(said, text, context)
+    if is_about_result or is_part_left_out(made, text, context) or has_weighty_word(text):
+        return replies.build_unclear_question()
+    if made[0].goal == "generate" and len(made) > 1 and context.medium:
+        drawn, made = made[0].text, made[1:]
+        context = replace(context, describe=lambda: drawn, artifacts=(), number=0)
+    if any(reading.goal == "generate" or reading.reference.isdigit() for reading in made):
+        return ""
+    changes = [change for reading in made for change in read_worded_changes(reading.text, context.medium or "")]
+    if any(change.kind in EDIT_KINDS and change.kind not in context.preset.edits for change in changes):
+        return replies.build_unclear_question()
+    return find_question_about_changes(changes, context)
+
+
+def is_result(reading: Reading, context: Context) -> bool:
+    """Return whether a reading is of a new result or a change whose words are known."""
+    is_worded = context.medium is not None and load_pattern("edit_form").fullmatch(normalize_text(reading.text))
+    return reading.goal in ("generate", "edit") or (reading.goal == "" and bool(is_worded))
+
+
+# ---------------------------------------------------------------- the words
+
+
+def is_part_left_out(made: Sequence[Reading], text: str, context: Context) -> bool:
+    """Return whether a text names what no reading has: a number of results, or a value that is new.
 
     What is said not to be meant, or stands there already, need not be in a reading.
     """
-    made = [reading for reading in readings if reading.kind == "do" and reading.goal in ("generate", "edit")]
-    if not made or len(made) < len(readings):
-        return False
     number = load_pattern("result_number").search(normalize_text(text))
     is_generated = all(reading.goal == "generate" for reading in made)
     if number and is_generated and len(made) != int(load_lexicon().phrases[number["number"]][0][1]):
         return True
-    if is_generated:
-        return False
-    if load_pattern("correction").match(normalize_text(text)) and is_nothing_changed(made, context):
+    is_only_addition = names_verb("add", text) and not any(map(names_verb, ("remove", "replace", "swap"), [text] * 3))
+    if is_only_addition and not is_generated and not any(names_verb("add", reading.text) for reading in made):
+        return True
+    has_addition = any(names_verb("add", reading.text) or names_verb("put", reading.text) for reading in made)
+    if has_addition and not is_generated and any(token.text in UNKNOWN_PLACES for token in tokenize(text)):
         return True
     named = list_named_values(text) - list_named_values(" ; ".join(reading.text for reading in made), is_wish=False)
-    return bool(named) and bool(named - list_named_values(context.describe()))
-
-
-def is_nothing_changed(readings: list[Reading], context: Context) -> bool:
-    """Return whether the current result shows already what changes of it would make."""
-    before = context.describe()
-    after = before
-    for reading in readings:
-        if reading.goal != "edit" or reading.reference.isdigit():
-            return False
-        after = describe_changed_scene(after, reading.text, context.medium or "")
-    return after == read_scene(tokenize(before)).to_text().partition(" of ")[2]
+    if named and not is_generated:
+        named -= list_named_values(context.describe(), is_wish=False)
+    return bool(named)
 
 
 def list_named_values(text: str, *, is_wish: bool = True) -> set[str]:
-    """Return the colours and shapes that a text names, except those that a wish says are not meant."""
+    """Return the values that a text names, except those that a wish says are not meant."""
     tokens, values = tokenize(text), set[str]()
     for index, token in enumerate(tokens):
         before = {other.text for other in tokens[max(0, index - 4) : index]}
-        if not (is_wish and before & NEGATING_WORDS):
-            values |= {value for name, value in token.meanings if name in ("colour", "shape", "plural")}
+        if is_wish and before & NEGATING_WORDS and not (token.has("speed") and "remove" in before):
+            continue
+        if not is_wish and token.text in MOTIONS_OF_SIZE:
+            values.add(MOTIONS_OF_SIZE[token.text])
+        if token.has("medium"):  # "a still"
+            continue
+        for name, value in token.meanings:
+            if name in VALUE_CATEGORIES:
+                values |= SHARED_VALUES.get(value, {value})
     return values
+
+
+def names_verb(verb: str, text: str) -> bool:
+    return any(token.has(verb) for token in tokenize(text))
+
+
+def refers_to_result(said: str, text: str, context: Context) -> bool:
+    """Return whether a request for something new also refers to a result: "like the first one", "give it a friend"."""
+    if english_rules.find_by_ordinal(text, context.artifacts):
+        return True
+    tokens = tokenize(text)
+    first = next((index for index, token in enumerate(tokens) if token.has("shape", "plural")), len(tokens))
+    if first == len(tokens):  # "now two of them"
+        return False
+    if any(token.has("reference") for token in tokens[:first]):
+        return True
+    if any(token.text in REFERRING_WORDS for token in tokenize(said)):
+        return True
+    return is_bare_name(tokens, first) and tokens[first].get("shape") in {
+        obj.shape for obj in read_current_scene(context).objects
+    }
+
+
+def is_bare_name(tokens: Sequence[Token], index: int) -> bool:
+    """Return whether the shape at an index is named without an article or a number, as in "circle first"."""
+    start = index
+    while start and tokens[start - 1].has("colour", "size"):
+        start -= 1
+    is_asked_for = any(token.has("draw", "medium") for token in tokens)
+    has_article = start > 0 and (tokens[start - 1].text in ("a", "an", "another") or tokens[start - 1].has("number"))
+    return index < len(tokens) and tokens[index].has("shape") and start == index and not (has_article or is_asked_for)
+
+
+def has_weighty_word(text: str) -> bool:
+    """Return whether a text has a word that means something, although no rule for requests reads it."""
+    words = [token.text if not token.meanings else "" for token in tokenize(text)]
+    return any(word in load_weighty_words() and before != "what" for before, word in pairwise(["", *words]))
+
+
+# ---------------------------------------------------------------- the effect
+
+
+def find_question_about_changes(changes: Sequence[WordedChange], context: Context) -> str:
+    """Return a question if changes are of something that is not there, of one of several things, or of nothing.
+
+    The MLLM may see too little or something else. So what is missing must be missing in what was requested, too, and
+    nothing is asked where the requests say that the changes are possible, or are not known.
+    """
+    seen = read_current_scene(context) if not context.artifacts else None
+    planned = seen or read_planned_scene(context.artifacts, context.number)
+    problem = find_problem_of_changes(changes, planned) if planned and planned.objects else ""
+    if planned and problem and problem != "ambiguous":
+        planned = seen or read_current_scene(context)
+        is_readable = bool(planned.objects) and all(obj.shape for obj in planned.objects)
+        problem = find_problem_of_changes(changes, planned) if is_readable else ""
+    return PROBLEM_QUESTIONS[problem].format(describe_scene(planned)) if planned and problem else ""
+
+
+PROBLEM_QUESTIONS = {
+    "ambiguous": "Which one do you mean? I see {}.",
+    "missing": "That is not there: I see {}. What should I change?",
+    "shapeless": "Which shape should it have? I see {}.",
+    "empty": "Nothing would be left of {}. What should I show instead?",
+    "invisible": replies.INVISIBLE_CHANGE_QUESTION,
+    "unchanged": "I see {} already. What should I change?",
+}
+
+
+def find_problem_of_changes(changes: Sequence[WordedChange], scene: DescribedScene) -> str:
+    """Return the name of what is wrong with changes of a scene, or ""."""
+    before = scene.to_text()
+    for change in changes:
+        if problem := find_problem_of_target(change, scene):
+            return problem
+        scene = change_scene(scene, [change])
+        if any(obj.shape is None for obj in scene.objects):
+            return "shapeless"
+        if not scene.objects:
+            return "empty"
+    if changes and any(obj.colour and obj.colour == scene.background for obj in scene.objects):
+        return "invisible"
+    is_value_known = bool(changes) and all(change.kind in CHANGES_OF_VALUES for change in changes)
+    return "unchanged" if is_value_known and scene.to_text() == before else ""
+
+
+def find_problem_of_target(change: WordedChange, scene: DescribedScene) -> str:
+    if change.kind not in CHANGES_OF_OBJECTS or change.target == "them":
+        return ""
+    targets = [obj for obj in scene.objects if is_target(obj, change.target)]
+    if not targets:
+        return "missing"
+    is_plural = any(token.has("plural") for token in tokenize(change.target))
+    return "ambiguous" if len(targets) > 1 and not is_plural else ""
+
+
+def describe_scene(scene: DescribedScene) -> str:
+    return scene.to_text().partition(" of ")[2]

@@ -10,6 +10,7 @@ from omnivideo.agent.small_world import replies, talk
 from omnivideo.agent.small_world.change_requests import join_motions
 from omnivideo.agent.small_world.change_splitting import split_bare_changes, split_changes
 from omnivideo.agent.small_world.changed_scenes import describe_changed_scene
+from omnivideo.agent.small_world.conditions import resolve_condition
 from omnivideo.agent.small_world.edits import read_edit
 from omnivideo.agent.small_world.lexicon import Token, correct_spelling, load_lexicon, normalize_text, tokenize
 from omnivideo.agent.small_world.reading import is_in_trained_words, is_scene_request, read_action
@@ -18,7 +19,7 @@ from omnivideo.agent.small_world.referring import name_referents, read_current_s
 from omnivideo.agent.small_world.retractions import take_back_words
 from omnivideo.agent.small_world.scenes import NUMBER_WORDS, ObjectRequest, read_scene
 from omnivideo.agent.small_world.specifications import reword_specification
-from omnivideo.agent.small_world.turn_checks import is_part_left_out
+from omnivideo.agent.small_world.turn_checks import find_question
 from omnivideo.agent.small_world.wordings import load_pattern, load_rewritings
 from omnivideo.contracts import Medium
 from omnivideo.turns import ExecutedCommand
@@ -51,18 +52,23 @@ def read_turn(text: str, context: Context) -> list[Reading]:
         return [Reading("command", text, command=redo_undone(command, text, context))]
     if talk.is_foreign(text):
         return [Reading("decline", text, message=replies.ONLY_ENGLISH)]
-    is_plain = context.medium is None and is_plain_sentence(text)
+    text, question = resolve_condition(text, context) if context.medium else (text, "")
+    if question:
+        return [Reading("ask", text, message=question)]
+    said, is_plain = text, context.medium is None and is_plain_sentence(text)
     if not is_plain:
-        text = reword(text, context)
+        text = reword(said, context)
     readings, removed, at_start = list[Reading](), list[str](), context
     parts = split_results(text) or (split_changes(text, context) if context.medium else []) or split_turn(text)
     if len(parts) == 1 and load_pattern("follow_up").match(normalize_text(text)):
         parts = [text]
+    elif len(parts) == 1 and context.medium and (number := find_other_number(text, context)):
+        parts = [f"make that {number}"]
     elif len(parts) == 1 and context.medium and ADDITION.match(normalize_text(text)):
         parts = [f"add {parts[0].removeprefix('with ')}"]
     if context.medium and len(parts) > 1:
-        parts = [change for part in parts for change in split_bare_changes(part, context) or [part]]
-        parts = join_motions(parts, context)
+        lists = [[part] if is_statement(part) else split_bare_changes(part, context) or [part] for part in parts]
+        parts = join_motions([change for changes in lists for change in changes], context)
     wishes = [part for part in parts if context.medium is None or not is_statement(part)]
     if not wishes:
         return [Reading("ask", text, message=replies.build_unclear_question())]
@@ -80,9 +86,17 @@ def read_turn(text: str, context: Context) -> list[Reading]:
                 removed.append("it")
             readings.append(reading)
             context = replace(update_context(context, reading), is_changed=True)
-    if not is_plain and is_part_left_out(readings, " ; ".join(wishes), at_start):
-        return [Reading("ask", text, message=replies.build_unclear_question())]
+    if not is_plain and (question := find_question(readings, said, " ; ".join(wishes), at_start)):
+        return [Reading("ask", text, message=question)]
     return resolve_repeated_changes(readings, text)
+
+
+def find_other_number(text: str, context: Context) -> str:
+    """Return "two" for "with two squares" if there are squares only, since that is no addition; "" for other texts."""
+    match = load_pattern("with_number").fullmatch(normalize_text(text).strip(" .!?"))
+    objects = read_current_scene(context).objects if match else []
+    shapes = {token.get("plural") for token in tokenize(match["noun"])} if match else set()
+    return match["number"] if match and len(objects) == 1 and objects[0].shape in shapes else ""
 
 
 def is_plain_sentence(text: str) -> bool:
@@ -216,6 +230,7 @@ def update_context(context: Context, reading: Reading) -> Context:
         return replace(context, medium=None) if reading.command.name == "restart" else context
     if reading.goal == "understand":
         return replace(context, last_request=reading.text)
+    context = replace(context, last_request=reading.text)
     is_made = reading.goal in ("generate", "") and has_shape(reading.text)
     is_made = is_made and is_scene_request(tokenize(reading.text), context, is_correction=False)
     if reading.goal == "edit" and not reading.reference.isdigit():

@@ -41,6 +41,11 @@ def load_foreign_words() -> frozenset[str]:
 
 
 @cache
+def load_weighty_words() -> frozenset[str]:
+    return frozenset(load_wordings()["weighty"]["words"].split())
+
+
+@cache
 def load_contractions() -> tuple[tuple[re.Pattern[str], str], ...]:
     return tuple((re.compile(pattern), full) for pattern, full in load_wordings()["contractions"].items())
 
