@@ -6,6 +6,7 @@ import torch
 from omnivideo.errors import CheckpointError
 from omnivideo.models.weights import checkpoint
 from omnivideo.training.config import TrainingConfig
+from omnivideo.training.engine.checkpoint import STATE_FILE_NAME
 from omnivideo.training.engine.run import RunContext
 from omnivideo.training.recipes.parts import TrainableParts
 from omnivideo.training.tiny.pipeline import TinyPipeline
@@ -44,8 +45,8 @@ def test_a_stage_without_a_run_leaves_its_parts_as_the_stage_before(weights, tmp
     run = make_run_context(tmp_path, weights=weights)
     parts = TrainableParts(TinyPipeline(run).load_omni("mllm"))
     head = {name: value + 1 for name, value in parts.state_dict().items() if name.startswith("bridge.vision_head")}
-    run.get_state_file("stage1").parent.mkdir()
-    torch.save({"model": parts.state_dict(), "average": head}, run.get_state_file("stage1"))
+    run.get_folder("stage1").mkdir()
+    torch.save({"model": parts.state_dict(), "average": head}, run.get_folder("stage1") / STATE_FILE_NAME)
     loaded, stored = TrainableParts(TinyPipeline(run).load_omni("stage3")).state_dict(), parts.state_dict()
     assert all(torch.equal(value, head.get(name, stored[name])) for name, value in loaded.items())
 
