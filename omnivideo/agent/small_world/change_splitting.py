@@ -34,8 +34,7 @@ def split_changes(text: str, context: Context) -> list[str]:
         names = list_object_names(context)
         others = [name for name in names if not kept & {obj.shape for obj in read_scene(tokenize(name)).objects}]
         return [f"remove {name}" for name in others] if len(others) < len(names) else []
-    is_statement = load_pattern("statement").fullmatch(normalized) is not None
-    return [] if is_statement else split_bare_changes(text, context)
+    return split_bare_changes(text, context)
 
 
 def split_by_results(normalized: str, context: Context) -> list[str]:
@@ -66,6 +65,8 @@ def exchange_colours(old: str, new: str, context: Context) -> list[str]:
 
 def split_bare_changes(text: str, context: Context) -> list[str]:
     """Return "make the circle yellow" for each item of "circle yellow, star: green, white background"; or []."""
+    if load_pattern("statement").fullmatch(normalize_text(text).strip(" .!?")):
+        return []
     groups: list[list[Token]] = [[]]
     for token in skip_lead(tokenize(text)):
         if token.text in (",", "and", ";", ".", "!"):

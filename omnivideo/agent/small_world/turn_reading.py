@@ -67,8 +67,8 @@ def read_turn(text: str, context: Context) -> list[Reading]:
     elif len(parts) == 1 and context.medium and ADDITION.match(normalize_text(text)):
         parts = [f"add {parts[0].removeprefix('with ')}"]
     if context.medium and len(parts) > 1:
-        lists = [[part] if is_statement(part) else split_bare_changes(part, context) or [part] for part in parts]
-        parts = join_motions([change for changes in lists for change in changes], context)
+        parts = [change for part in parts for change in split_bare_changes(part, context) or [part]]
+        parts = join_motions(parts, context)
     wishes = [part for part in parts if context.medium is None or not is_statement(part)]
     if not wishes:
         return [Reading("ask", text, message=replies.build_unclear_question())]
