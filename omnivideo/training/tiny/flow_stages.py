@@ -24,7 +24,7 @@ TASK_GROUPS: tuple[tuple[tuple[str, ...], float | None], ...] = (
     (("keyframes-to-video",), 1.0),
 )
 # Stage 3 has more clips and edits than images and generation: they are harder, and new to the decoder.
-STAGE3_SCHEDULE = (0, 1, 1, 3, 1, 4, 1, 2, 1, 1, 5, 1, 2, 1, 3, 1, 4)
+STAGE3_SCHEDULE = (0, 1, 2, 1, 3, 1, 4, 0, 1, 5, 1, 2, 0, 1, 3, 1, 4, 1)
 
 
 class SyntheticSource:

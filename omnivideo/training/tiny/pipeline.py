@@ -208,15 +208,14 @@ class TinyPipeline:
         return recipe
 
     def load_foundation(self) -> DecoderFoundation:
-        """Return the decoder with the text encoder of its training."""
+        """Return the decoder with the text encoder of its training, or the parts that replace its missing run."""
         if self.run.has_run("decoder"):
             model = DecoderFoundation(build_decoder(TINY), UMT5EncoderModel(UMT5Config(**text_encoder.CONFIG)))
             state = torch.load(self.runs_folder / "decoder" / "state.pt", weights_only=True)
             model.load_state_dict(state["model"] | state["average"])
         else:
             decoder = self.load_shipped_part(WanTransformer3DModel, "transformer")
-            encoder = self.load_shipped_part(UMT5EncoderModel, "text_encoder")
-            model = DecoderFoundation(add_absolute_positions(decoder), encoder)
+            model = DecoderFoundation(add_absolute_positions(decoder), self.load_text_encoder())
         return model.eval().requires_grad_(False)
 
     def load_visual_encoder(self) -> SiglipVisionModel:

@@ -8,6 +8,7 @@ from omnivideo.models.weights import checkpoint
 from omnivideo.training.config import TrainingConfig
 from omnivideo.training.engine.checkpoint import STATE_FILE_NAME
 from omnivideo.training.engine.run import RunContext
+from omnivideo.training.engine.trainer import Trainer
 from omnivideo.training.recipes.parts import TrainableParts
 from omnivideo.training.tiny.pipeline import TinyPipeline
 
@@ -49,6 +50,17 @@ def test_a_stage_without_a_run_leaves_its_parts_as_the_stage_before(weights, tmp
     torch.save({"model": parts.state_dict(), "average": head}, run.get_folder("stage1") / STATE_FILE_NAME)
     loaded, stored = TrainableParts(TinyPipeline(run).load_omni("stage3")).state_dict(), parts.state_dict()
     assert all(torch.equal(value, head.get(name, stored[name])) for name, value in loaded.items())
+
+
+def test_the_decoder_continues_with_a_newly_trained_text_encoder(weights, tmp_path):
+    run = make_run_context(tmp_path, weights=weights)
+    recipe = TinyPipeline(run).build_text_recipe()
+    trained = recipe.model.get_submodule("encoder")
+    with torch.no_grad():
+        trained.get_submodule("encoder.final_layer_norm").weight.add_(1)
+    Trainer(recipe, run.get_folder("text")).run(stop_at_step=0)
+    loaded = TinyPipeline(run).load_omni("stage3").text_encoder.state_dict()
+    assert all(torch.equal(value, loaded[key]) for key, value in trained.state_dict().items())
 
 
 def test_training_starts_from_a_folder_of_weights(weights, tmp_path):
