@@ -80,7 +80,7 @@ def load_task_data(request, omni):
             omni,
             make_visual_encoder(),
             sample_requests(1, task, 4),
-            PreparationConfig(lambda done, count: None),
+            PreparationConfig(),
         )
         for task in (*TASKS, "video-extension")
     }

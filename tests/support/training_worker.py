@@ -121,7 +121,7 @@ class Recipes:
                 omni,
                 self.load_visual_encoder(),
                 sample_requests(1, task, 4),
-                PreparationConfig(lambda done, count: None),
+                PreparationConfig(),
             )
             for task in TASKS
         }

@@ -1,6 +1,7 @@
 """A training run of any preset: the folders of its checkpoints, and the training of a recipe."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,25 @@ class RunContext:
 
             trainer.run(config.stop_at_step, config.save_every, show_progress, self.sample_hook)
         plot_losses(folder / "log.jsonl", folder / "loss.png", recipe.name)
+
+    @contextmanager
+    def show_preparation(self, name: str) -> Iterator[Callable[[int, int], None]]:
+        """Show how much of something is prepared before a recipe's first step; in a file as lines.
+
+        The callback takes the number done and the total. A bar appears with its first call, and another one when the
+        number starts again.
+        """
+        columns = (
+            TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+        )  # fmt: skip
+        with LoggedProgress(*columns, console=self.console) as bar:
+
+            def on_progress(done: int, total: int) -> None:
+                if not bar.tasks or done < bar.tasks[-1].completed:
+                    bar.add_task("", total=total)
+                bar.update(bar.tasks[-1].id, completed=done)
+
+            yield on_progress
 
     @property
     def sample_hook(self) -> SampleHook:

@@ -37,7 +37,7 @@ CHUNK_SIZE = 32
 class PreparationConfig:
     """How features are computed: requests per chunk, and processes that prepare chunks (0: this process)."""
 
-    on_progress: ProgressCallback
+    on_progress: ProgressCallback = lambda done, total: None
     chunk_size: int = CHUNK_SIZE
     workers: int = 0
 

@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,6 @@ from omnivideo.training.tiny.visual_encoder import build_visual_encoder_recipe
 REQUESTS_PER_TASK, LONG_REQUESTS = 12_000, 6_000  # in stages 2b and 3; of clips with 17 frames
 # Each further seed adds as many edits to stage 3, which would otherwise memorise them.
 REQUEST_SEEDS = (1, 3, 4)
-ProgressCallback = Callable[[int, int], None]
-
-
-def ignore_progress(done: int, count: int) -> None:
-    """Do nothing; the default for `on_progress`."""
 
 
 class TinyPipeline:
@@ -62,22 +58,18 @@ class TinyPipeline:
     with the other seeds.
     """
 
-    def __init__(
-        self,
-        run: RunContext,
-        on_progress: ProgressCallback = ignore_progress,
-        shipped_weights: Path = SHIPPED_WEIGHTS_FOLDER / "tiny",
-    ):
+    def __init__(self, run: RunContext, shipped_weights: Path = SHIPPED_WEIGHTS_FOLDER / "tiny"):
         self.run, config = run, run.config
         self.runs_folder = config.runs
-        self.on_progress = on_progress
         self.weights_folder = config.weights or shipped_weights
         self.continues_from_weights = config.weights is not None
         self.device = run.device
         self.workers = workers = config.workers
         self.batch_scale = batch_scale = config.batch_scale
         self.request_seeds = request_seeds = config.seeds or REQUEST_SEEDS
-        self.preparation = PreparationConfig(on_progress, CHUNK_SIZE if self.device.type == "cpu" else 512, workers)
+        self.preparation = PreparationConfig(
+            chunk_size=CHUNK_SIZE if self.device.type == "cpu" else 512, workers=workers
+        )
         self.recipe_factories: dict[str, Callable[[], Recipe]] = {
             "vae": self.build_vae_recipe,
             "vae_decoder": lambda: build_vae_decoder_recipe(self.load_jointly_trained_vae()),
@@ -197,10 +189,10 @@ class TinyPipeline:
 
     def build_decoder_recipe(self) -> Recipe:
         vae = self.load_vae()
-        sources = [
-            CaptionedLatents(self.runs_folder / "cache", vae, frame_count, count, self.on_progress)
-            for frame_count, count in SCENE_COUNTS.items()
-        ]
+        sources = []
+        for frame_count, count in SCENE_COUNTS.items():
+            with self.run.show_preparation(f"latents of {frame_count} frames") as on_progress:
+                sources.append(CaptionedLatents(self.runs_folder / "cache", vae, frame_count, count, on_progress))
         recipe = build_decoder_recipe(sources, self.load_tokenizer(), self.load_text_encoder())
         if self.continues_from_weights:
             decoder = self.load_shipped_part(WanTransformer3DModel, "transformer")
@@ -266,7 +258,9 @@ class TinyPipeline:
         def load_task(seed: int, task: Task, is_long: bool = False) -> CachedTask:
             count, frame_count = (LONG_REQUESTS, LONG_CLIP_FRAMES) if is_long else (REQUESTS_PER_TASK, None)
             requests = sample_requests(seed, task, count, frame_count)
-            return load_cached_task(self.runs_folder / "cache", omni, encoder, requests, self.preparation)
+            with self.run.show_preparation(f"features of {task}, {count:,} requests") as on_progress:
+                preparation = replace(self.preparation, on_progress=on_progress)
+                return load_cached_task(self.runs_folder / "cache", omni, encoder, requests, preparation)
 
         first_seed = self.request_seeds[0]
         data = {str(task): load_task(first_seed, task) for task in (*TASKS, *CONTINUATION_TASKS)}

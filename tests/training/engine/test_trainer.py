@@ -1,15 +1,19 @@
 """The trainer: what it updates, logs and saves, and what it does when a loss is not finite."""
 
+import io
 import json
 import math
 from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 
 from omnivideo.errors import CheckpointError, TrainingDiverged
+from omnivideo.training.config import TrainingConfig
 from omnivideo.training.engine.plots import plot_losses, read_curves
 from omnivideo.training.engine.recipe import single_micro_batch
+from omnivideo.training.engine.run import RunContext
 from omnivideo.training.engine.trainer import Trainer, freeze_except
 from tests.support.recipes import make_stage3_recipe, make_toy_recipe
 
@@ -32,6 +36,16 @@ def test_only_the_named_parameters_are_trained(tmp_path):
     assert all(torch.equal(before[key], after[key]) == key.startswith("0.") for key in before)
     with pytest.raises(AssertionError, match="nothing"):
         freeze_except(recipe.model, ("nothing",))
+
+
+def test_the_progress_of_what_is_prepared_is_printed(tmp_path):
+    output = io.StringIO()
+    run = RunContext(TrainingConfig(recipe="stage3", runs=tmp_path), console=Console(file=output, width=80))
+    with run.show_preparation("features of text-to-image") as on_progress:
+        for done in (32, 64, 32, 64):  # two passes over the same requests
+            on_progress(done, 64)
+    lines = output.getvalue().splitlines()
+    assert len(lines) == 2 and all(line.startswith("features of text-to-image  64/64") for line in lines)
 
 
 def test_the_loss_falls_and_is_plotted(tmp_path):
