@@ -103,16 +103,20 @@ class MLLM(Protocol):
         ...
 
 
-class ExtractFrame(Protocol):
-    """Makes a still of a clip."""
+class MediaTools(Protocol):
+    """Makes media of stored media, without a model. Raises LimitReached if the owner may not store more."""
 
-    def __call__(self, clip: Artifact, position: FramePosition, created_by: str, /) -> Artifact: ...
+    def extract_frame(self, clip: Artifact, position: FramePosition, created_by: str) -> Artifact:
+        """Make a still of a clip."""
+        ...
 
+    def join_clips(self, clips: Sequence[Artifact], created_by: str) -> Artifact:
+        """Make one clip of several, at the size and rate of the first. Raises InvalidInput if it would be too long."""
+        ...
 
-class JoinClips(Protocol):
-    """Makes one clip of several, at the size and rate of the first. Raises InvalidInput if it would be too long."""
-
-    def __call__(self, clips: Sequence[Artifact], created_by: str, /) -> Artifact: ...
+    def convert_artifact(self, artifact: Artifact, suffix: str) -> Artifact:
+        """Write an artifact of ours in another file format: mp4, gif or png."""
+        ...
 
 
 class TextLimits(Protocol):

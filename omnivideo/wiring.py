@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from omnivideo.agent.conversations import LOCAL_OWNER, Conversations, OpenQueue
 from omnivideo.contracts import Artifact, Lane
 from omnivideo.errors import InvalidInput
-from omnivideo.media.artifacts import convert_artifact, extract_frame, join_clips, store_user_file
+from omnivideo.media.artifacts import StoreMediaTools, store_user_file
 from omnivideo.ports import MLLM, JobQueue, ObjectStore, SweepableObjectStore, TextLimits
 from omnivideo.presets import get_preset
 from omnivideo.records import KeyLimits
@@ -21,6 +21,7 @@ from omnivideo.settings import ServiceSettings
 from omnivideo.startup import pause_collection
 from omnivideo.storage.checkpointer import migrate_checkpoints, open_checkpointer
 from omnivideo.storage.objects.local import LocalObjectStore
+from omnivideo.storage.objects.metered import MeteredObjectStore
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -62,12 +63,10 @@ def build_local_conversations(
         checkpointer=open_checkpointer(settings),
         attach_file=partial(store_user_file, store),
         preset=omni.preset,
-        extract_frame=partial(extract_frame, store),
+        open_media_tools=lambda owner: StoreMediaTools(store),
         max_generations=settings.max_generations_per_turn,
         text_limits=text_limits,
         replay_manifest=renderer.replay_manifest,
-        convert_artifact=partial(convert_artifact, store),
-        join_clips=partial(join_clips, store),
     )
 
 
@@ -303,11 +302,9 @@ class ServiceWiring:
             saver,
             self.attach_file,
             preset,
-            partial(extract_frame, self.store),
+            lambda owner: StoreMediaTools(MeteredObjectStore(self.store, self.usage, owner)),
             self.settings.max_generations_per_turn,
             self.text_limits,
-            convert_artifact=partial(convert_artifact, self.store),
-            join_clips=partial(join_clips, self.store),
         )
         self.close_callbacks.append(conversations.close)
         return conversations

@@ -1,6 +1,6 @@
 """Execute commands about the conversation on the state of a thread."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from omnivideo.agent.commands import FILE_FORMATS
@@ -8,10 +8,10 @@ from omnivideo.agent.references import StoredArtifacts
 from omnivideo.agent.state import PlannerState
 from omnivideo.agent.turn_plan import PlannedAction
 from omnivideo.contracts import Artifact
+from omnivideo.ports import MediaTools
 from omnivideo.turns import ActionResult, ExecutedCommand
 
 NOUNS = {"image": "picture", "video": "clip"}
-ConvertArtifact = Callable[[Artifact, str], Artifact]  # into a file format, by its suffix
 NOTHING_YET = "There is no result yet. What should I create?"
 
 
@@ -38,7 +38,7 @@ def execute_command(
     state: PlannerState,
     command: ExecutedCommand,
     help_text: str,
-    convert_artifact: ConvertArtifact | None,
+    media_tools: MediaTools | None,
     max_variations: int,
 ) -> CommandOutcome:
     """Return the outcome of a command. Variations are not rendered here but become actions of the turn."""
@@ -66,10 +66,10 @@ def execute_command(
             return plan_variations(state, current, int(command.arguments.get("count", 1)), max_variations)
     number = int(command.arguments.get("which", 0))
     if not number:
-        return save_artifact(current, command, convert_artifact)
+        return save_artifact(current, command, media_tools)
     if number > len(artifacts):
         return CommandOutcome(f"There is no result {number}. {list_artifacts(artifacts)}", is_refused=True)
-    return save_artifact(artifacts[number - 1], command, convert_artifact)
+    return save_artifact(artifacts[number - 1], command, media_tools)
 
 
 def undo_changes(artifacts: Sequence[Artifact], current: Artifact | None, count: int) -> CommandOutcome:
@@ -100,7 +100,7 @@ def resend_artifact(artifacts: Sequence[Artifact], number: int) -> CommandOutcom
 
 
 def save_artifact(
-    artifact: Artifact | None, command: ExecutedCommand, convert_artifact: ConvertArtifact | None
+    artifact: Artifact | None, command: ExecutedCommand, media_tools: MediaTools | None
 ) -> CommandOutcome:
     """Convert an artifact to the format of a file. Who follows the turn writes the file, or links to it."""
     assert artifact is not None
@@ -112,9 +112,9 @@ def save_artifact(
         message = f"I cannot write {suffix} files. A {noun} can be saved as {' or '.join(allowed)}."
         return CommandOutcome(message, is_refused=True)
     if suffix != artifact.key.rpartition(".")[2]:
-        if convert_artifact is None or artifact.manifest is None:
+        if media_tools is None or artifact.manifest is None:
             return CommandOutcome("I can convert only what I have made myself.", is_refused=True)
-        artifact = convert_artifact(artifact, suffix)
+        artifact = media_tools.convert_artifact(artifact, suffix)
     return CommandOutcome(
         f"Here is the {NOUNS[artifact.medium]}" + (f" for {file}." if file else f" as {suffix}."), artifact
     )

@@ -10,14 +10,13 @@ from typing import Any, Protocol
 
 from langgraph.checkpoint.base import BaseCheckpointSaver
 
-from omnivideo.agent.command_results import ConvertArtifact
 from omnivideo.agent.graph import Planner
 from omnivideo.agent.rendering import MAX_GENERATIONS
 from omnivideo.agent.thread import AttachFile, Thread, ThreadIndex
 from omnivideo.contracts import Artifact, Lane
 from omnivideo.errors import ArtifactNotFound
 from omnivideo.manifests import FrameManifest, JoinManifest, Manifest, list_needed_keys, parse_manifest
-from omnivideo.ports import CHARACTER_LIMITS, MLLM, ExtractFrame, JobQueue, JoinClips, SweepableObjectStore, TextLimits
+from omnivideo.ports import CHARACTER_LIMITS, MLLM, JobQueue, MediaTools, SweepableObjectStore, TextLimits
 from omnivideo.presets import Preset
 
 ARTIFACT_KEYS = ("key", "manifest", "latents", "preview")  # the fields of an artifact that name objects of the store
@@ -35,10 +34,9 @@ class OpenQueue(Protocol):
 class Conversations:
     """The threads of all owners.
 
-    `attach_file` stores a user's file. `extract_frame` makes a still of a clip. A turn that would generate more than
-    `max_generations` is asked about. `replay_manifest` renders a manifest's clip again and returns its object key; it
-    is None if the decoder is in another process.
-    `convert_artifact` writes an artifact in another file format, such as gif. `join_clips` makes one clip of several.
+    `attach_file` stores a user's file. `open_media_tools` returns an owner's tools; without them nothing can be joined
+    or converted. A turn that would generate more than `max_generations` is asked about. `replay_manifest` renders a
+    manifest's clip again and returns its object key; it is None if the decoder is in another process.
     """
 
     mllm: MLLM
@@ -47,33 +45,27 @@ class Conversations:
     checkpointer: BaseCheckpointSaver[Any]
     attach_file: AttachFile
     preset: Preset
-    extract_frame: ExtractFrame | None = None
+    open_media_tools: Callable[[str], MediaTools] | None = None
     max_generations: int = MAX_GENERATIONS
     text_limits: TextLimits = CHARACTER_LIMITS
     replay_manifest: Callable[[Manifest], str] | None = None
-    convert_artifact: ConvertArtifact | None = None
-    join_clips: JoinClips | None = None
 
     def __post_init__(self) -> None:
         self.get_graph = lru_cache(maxsize=256)(self.build_graph)
 
     def build_graph(self, owner: str, lane: Lane = "interactive") -> Any:
-        queue = self.queue_for(owner, lane)
-        planner = Planner(
-            self.mllm,
-            queue,
-            self.preset,
-            self.extract_frame,
-            self.max_generations,
-            text_limits=self.text_limits,
-            convert_artifact=self.convert_artifact,
-            join_clips=self.join_clips,
-        )
+        queue, media_tools = self.queue_for(owner, lane), self.open_media_tools and self.open_media_tools(owner)
+        planner = Planner(self.mllm, queue, self.preset, media_tools, self.max_generations, self.text_limits)
         return planner.build_graph(self.checkpointer)
 
     @property
     def graph(self) -> Any:
         return self.get_graph(LOCAL_OWNER)
+
+    @property
+    def local_media_tools(self) -> MediaTools:
+        assert self.open_media_tools, "what makes media of media also does so again"
+        return self.open_media_tools(LOCAL_OWNER)
 
     def open_thread(
         self,
@@ -117,11 +109,9 @@ class Conversations:
         manifest = parse_manifest(self.store.get(artifact.manifest))
         match manifest:
             case JoinManifest():
-                assert self.join_clips, "what joins clips also does so again"
-                return self.join_clips(manifest.parts, artifact.created_by).key
+                return self.local_media_tools.join_clips(manifest.parts, artifact.created_by).key
             case FrameManifest():
-                assert self.extract_frame, "what takes frames out of clips also does so again"
-                return self.extract_frame(*manifest.parts, manifest.position, artifact.created_by).key
+                return self.local_media_tools.extract_frame(*manifest.parts, manifest.position, artifact.created_by).key
         assert self.replay_manifest, "a replay needs the decoder in this process"
         return self.replay_manifest(manifest)
 

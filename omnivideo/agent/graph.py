@@ -293,7 +293,7 @@ class Planner(RenderingNodes):
         if route.kind in ("ask", "decline"):
             pieces = self.mllm.stream_text(request.model_copy(update={"system": system})) if system else ()
             return remove_reasoning("".join(pieces)) or (UNCLEAR_QUESTION if route.kind == "ask" else DECLINE_MESSAGE)
-        if is_frame_request(route, source) and self.extract_frame is None:
+        if is_frame_request(route, source) and self.media_tools is None:
             return "I cannot take a picture out of a clip here."
         return build_refusal(self.preset, route, source) or ""
 
@@ -347,7 +347,7 @@ class Planner(RenderingNodes):
         """Execute a command about the conversation, without the MLLM."""
         command = ExecutedCommand.parse_stored(get_details(state)["command"])
         help_text = replies.build_help() if reads_words(self.preset) else replies.HELP_OPEN
-        outcome = execute_command(state, command, help_text, self.convert_artifact, self.max_generations)
+        outcome = execute_command(state, command, help_text, self.media_tools, self.max_generations)
         if outcome.is_refused:
             return self.answer_in_words(state, outcome.message)
         emit_action(state, "command", state["action"]["text"])

@@ -10,7 +10,6 @@ from langgraph.config import get_config, get_stream_writer
 from omnivideo.agent import media_words
 from omnivideo.agent.answer_text import split_rewrite
 from omnivideo.agent.capabilities import explain_invalid_input, get_task, is_frame_request
-from omnivideo.agent.command_results import ConvertArtifact
 from omnivideo.agent.planner_prompts import load_prompts
 from omnivideo.agent.references import StoredArtifacts
 from omnivideo.agent.state import PlannerState
@@ -30,7 +29,7 @@ from omnivideo.contracts import (
     resolve_sampling_params,
 )
 from omnivideo.errors import InvalidInput, JobCancelled
-from omnivideo.ports import CHARACTER_LIMITS, MLLM, ExtractFrame, JobQueue, JoinClips, TextLimits
+from omnivideo.ports import CHARACTER_LIMITS, MLLM, JobQueue, MediaTools, TextLimits
 from omnivideo.presets import Preset, Task
 from omnivideo.turns import (
     Action,
@@ -83,30 +82,23 @@ def get_background(state: PlannerState) -> str:
 
 
 class RenderingNodes:
-    """The planner's ports, and the nodes `generate`, `edit` and `check`.
-
-    `extract_frame` makes a still of a clip, `join_clips` one clip of several; `convert_artifact` writes another format.
-    """
+    """The planner's ports, and the nodes `generate`, `edit` and `check`."""
 
     def __init__(
         self,
         mllm: MLLM,
         queue: JobQueue,
         preset: Preset,
-        extract_frame: ExtractFrame | None = None,
+        media_tools: MediaTools | None = None,
         max_generations: int = MAX_GENERATIONS,
         text_limits: TextLimits = CHARACTER_LIMITS,
-        convert_artifact: ConvertArtifact | None = None,
-        join_clips: JoinClips | None = None,
     ):
         self.mllm = mllm
         self.queue = queue
         self.preset = preset
-        self.extract_frame = extract_frame
+        self.media_tools = media_tools
         self.max_generations = max_generations
         self.text_limits = text_limits
-        self.convert_artifact = convert_artifact
-        self.join_clips = join_clips
         self.prompts = load_prompts(preset)
 
     def generate(self, state: PlannerState) -> dict[str, Any]:
@@ -117,22 +109,22 @@ class RenderingNodes:
         assert source is not None, "an edit has a source"
         if numbers := get_details(state).get("joined"):
             return self.show_joined_clips(state, numbers)
-        if self.extract_frame is None or not self.needs_no_model(state):
+        if self.media_tools is None or not self.needs_no_model(state):
             return self.render_candidate(state, source)
         position = media_words.find_frame_position(state["action"]["text"])
         emit_action(state, "edit", state["action"]["text"], "image")
-        artifact = self.extract_frame(source, position, build_job_id(state))
+        artifact = self.media_tools.extract_frame(source, position, build_job_id(state))
         emit_event(ArtifactReady(artifact=artifact))
         return {"candidates": [Candidate(seed=0, artifact=artifact).model_dump()]}
 
     def show_joined_clips(self, state: PlannerState, numbers: Sequence[int]) -> dict[str, Any]:
         """Make one clip of those with these numbers."""
-        if self.join_clips is None:
+        if self.media_tools is None:
             return self.answer_in_words(state, "I cannot join clips here.")
         emit_action(state, "edit", state["action"]["text"], "video")
         clips = [Artifact.parse_stored(state["artifacts"][number - 1]) for number in numbers]
         try:
-            artifact = self.join_clips(clips, build_job_id(state))
+            artifact = self.media_tools.join_clips(clips, build_job_id(state))
         except InvalidInput as error:
             return self.answer_in_words(state, explain_invalid_input(error))
         emit_event(ArtifactReady(artifact=artifact))

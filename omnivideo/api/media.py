@@ -4,8 +4,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Any, BinaryIO, NamedTuple
 
@@ -39,26 +38,12 @@ RANGE_PATTERN = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 # ---------------------------------------------------------------- storing
 
 
-@contextmanager
-def reserve_bytes(context: ServiceContext, owner: str, size_bytes: int) -> Iterator[None]:
-    """Count bytes that are stored within the context; they are not counted if that fails.
-
-    Raises LimitReached if the owner may not store them today.
-    """
-    context.usage.reserve_bytes(owner, size_bytes)
-    try:
-        yield
-    except BaseException:
-        context.usage.add_usage(owner, stored_bytes=-size_bytes)
-        raise
-
-
 def store_media(
     context: ServiceContext, owner: str, source: bytes | BinaryIO, created_by: str, name: str = ""
 ) -> Artifact:
     """Store an owner's image or clip. Raises UnreadableMedia if it is neither, and LimitReached."""
     size_bytes = len(source) if isinstance(source, bytes) else source.seek(0, os.SEEK_END)
-    with reserve_bytes(context, owner, size_bytes):
+    with context.usage.reserve_bytes(owner, size_bytes):
         return context.ingest_media(owner, source, created_by, name)
 
 

@@ -5,6 +5,7 @@ storage/database implement all of them.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from omnivideo.records import (
@@ -133,8 +134,8 @@ class UsageStore(Protocol):
         """Count a request of the owner in the current minute."""
         ...
 
-    def reserve_bytes(self, owner: str, size_bytes: int) -> None:
-        """Count bytes that are about to be stored. Raises LimitReached if the owner may not store them today."""
+    def reserve_bytes(self, owner: str, size_bytes: int) -> AbstractContextManager[None]:
+        """Count bytes that are stored within the context. Raises LimitReached if the owner may not store them today."""
         ...
 
     def add_usage(self, owner: str, **counts: float) -> None:

@@ -196,9 +196,8 @@ class TerminalChat:
                 raise InvalidInput("save", f"an attached file is saved as it is: the name must end with {own_suffix}")
             if suffix not in formats:
                 raise InvalidInput("save", f"the file's name must end with {' or '.join(formats)}")
-            convert_artifact = self.studio.conversations.convert_artifact
-            assert convert_artifact is not None, "a Studio converts files"
-            artifact = convert_artifact(artifact, suffix.removeprefix("."))
+            media_tools = self.studio.conversations.local_media_tools
+            artifact = media_tools.convert_artifact(artifact, suffix.removeprefix("."))
         self.copy_file(artifact, target)
 
     def copy_file(self, artifact: Artifact, target: Path) -> None:

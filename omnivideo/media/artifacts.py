@@ -100,6 +100,22 @@ def join_clips(store: ObjectStore, clips: Sequence[Artifact], created_by: str) -
     )  # fmt: skip
 
 
+class StoreMediaTools:
+    """The tools of `ports.MediaTools` over an object store."""
+
+    def __init__(self, store: ObjectStore):
+        self.store = store
+
+    def extract_frame(self, clip: Artifact, position: FramePosition, created_by: str) -> Artifact:
+        return extract_frame(self.store, clip, position, created_by)
+
+    def join_clips(self, clips: Sequence[Artifact], created_by: str) -> Artifact:
+        return join_clips(self.store, clips, created_by)
+
+    def convert_artifact(self, artifact: Artifact, suffix: str) -> Artifact:
+        return convert_artifact(self.store, artifact, suffix)
+
+
 def convert_picture(data: bytes, picture_format: str, quality: int) -> bytes:
     """Return a png as a jpeg or a webp of a quality from 0 to 100; a webp of 100 has the same pixels."""
     buffer = io.BytesIO()

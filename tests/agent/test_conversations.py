@@ -196,9 +196,10 @@ def test_the_sweep_keeps_what_results_were_made_of_as_long_as_these(studio):
     conversations = studio.conversations
     store, thread = conversations.store, studio.open_thread()
     clips = [run_job(studio, build_job(studio, f"parts.{seed}", seed=seed)) for seed in (1, 2)]
-    joined = conversations.join_clips(clips, "turn")
-    twice = conversations.join_clips([joined, clips[0]], "turn")
-    frame = conversations.extract_frame(twice, "first", "turn")
+    tools = conversations.local_media_tools
+    joined = tools.join_clips(clips, "turn")
+    twice = tools.join_clips([joined, clips[0]], "turn")
+    frame = tools.extract_frame(twice, "first", "turn")
     thread.update_state(thread.config, {"artifacts": [frame.model_dump()]})
     for key in list(store.iter_keys()):
         os.utime(store.path_for_key(key), (0, 0))

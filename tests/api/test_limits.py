@@ -2,14 +2,16 @@
 
 import re
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import httpx
 import pytest
 
 from omnivideo import Client
-from omnivideo.errors import ServiceBusy
+from omnivideo.errors import OmniVideoError, ServiceBusy
 from tests.support.api_server import build_scripted_wiring, run_api_server
+from tests.support.continuations import make_frames
 from tests.support.openai_service import (
     KEY,
     QUICK,
@@ -135,6 +137,29 @@ def test_stored_bytes_are_limited_for_files_and_media(service):
         assert client.post("/v1/understand", **source).status_code == 429
         assert client.get(f"/v1/files/{file_id}").json()["bytes"] == len(png)
         assert client.get("/v1/usage").json()["data"][0]["stored_bytes"] == len(png)
+
+
+def test_joined_and_converted_clips_count_as_stored(service):
+    """What a turn stores without a job or an upload is limited like them."""
+    clips = [make_frames(9, seed=4), make_frames(5, seed=5)]
+
+    def say(client: httpx.Client, *turns: tuple) -> Iterator[int]:
+        """Send the turns, and yield after each what has been stored today."""
+        with Client(service[2], api_key=client.headers["Authorization"].removeprefix("Bearer ")) as sdk:
+            thread = sdk.open_thread()
+            for turn in turns:
+                list(thread.send(*turn))
+                yield client.get("/v1/usage").json()["data"][0]["stored_bytes"]
+            assert [artifact.frames for artifact in thread.get_artifacts()] == [9, 5, 14]
+
+    join = "put the two clips together"
+    with open_client(service) as (client, _):
+        uploaded, joined, converted = say(client, ("what is this?", clips), (join,), ("as a gif",))
+        assert uploaded < joined < converted
+    with open_client(service, own_limits={"stored_bytes_per_day": uploaded + 10}) as (client, _):
+        with pytest.raises(OmniVideoError, match="stored bytes: this key may use"):
+            list(say(client, (join, clips)))
+        assert client.get("/v1/usage").json()["data"][0]["stored_bytes"] == uploaded
 
 
 def test_a_batch_waits_for_the_next_day(service):

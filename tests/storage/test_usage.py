@@ -98,17 +98,18 @@ def test_bytes_of_parallel_uploads_stay_within_the_limit(empty_database: Engine)
 
     def reserve(size: int) -> bool:
         try:
-            usage.reserve_bytes("ann", size)
+            with usage.reserve_bytes("ann", size):
+                return True
         except LimitReached as error:
             assert (error.limit, error.quota, error.window_seconds) == ("stored-bytes", 1000, 86_400)
             return False
-        return True
 
     with ThreadPoolExecutor(4) as pool:
         assert sum(pool.map(reserve, [300] * 12)) == 3
     assert reserve(100) and not reserve(1)
     assert read_usage(empty_database, "ann").stored_bytes == 1000
-    UsageRepository(empty_database).reserve_bytes("ann", 5000)  # without a limit
+    with UsageRepository(empty_database).reserve_bytes("ann", 5000):  # without a limit
+        pass
     end_day(empty_database)
     assert reserve(900)
 
@@ -138,7 +139,6 @@ def test_parallel_submits_stay_within_the_number_of_open_jobs(empty_database: En
             submit(repositories[number % 4], f"job.{number}", "ann")
         except LimitReached:
             return False
-        return True
 
     with ThreadPoolExecutor(8) as pool:
         assert sum(pool.map(submit_one, range(60))) == 5

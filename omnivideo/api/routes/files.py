@@ -19,7 +19,7 @@ from omnivideo.api.dependencies import (
     ServiceContext,
 )
 from omnivideo.api.errors import ERROR_RESPONSES, build_not_found_error
-from omnivideo.api.media import build_range_response, content_from_store, reserve_bytes
+from omnivideo.api.media import build_range_response, content_from_store
 from omnivideo.api.request_body import (
     BodyFields,
     CleanText,
@@ -124,7 +124,7 @@ def store_file(context: ServiceContext, owner: str, payload: CreateFileRequest, 
     size_bytes = file.seek(0, os.SEEK_END)
     if not size_bytes:
         raise InvalidInput("file", f"it is empty; allowed: 1 to {context.settings.max_upload_bytes} bytes")
-    with reserve_bytes(context, owner, size_bytes):
+    with context.usage.reserve_bytes(owner, size_bytes):
         artifact = ingest_upload(context, owner, file, filename, payload.purpose)
         suffix = "jsonl" if payload.purpose == "batch" else "bin"
         object_key = artifact.key if artifact else context.store.put_stream(file, suffix)

@@ -5,7 +5,8 @@ admin key has no daily limits.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from sqlalchemy import (
@@ -167,7 +168,20 @@ class UsageRepository(UsageCounter):
         assert row is not None
         return RequestWindow(request_count=row.request_count, seconds_left=max(0.0, row.seconds_left))
 
-    def reserve_bytes(self, owner: str, size_bytes: int) -> None:
+    @contextmanager
+    def reserve_bytes(self, owner: str, size_bytes: int) -> Iterator[None]:
+        """Count bytes that are stored within the context; they are not counted if that fails.
+
+        Raises LimitReached if the key may not store them today.
+        """
+        self.count_bytes(owner, size_bytes)
+        try:
+            yield
+        except BaseException:
+            self.add_usage(owner, stored_bytes=-size_bytes)
+            raise
+
+    def count_bytes(self, owner: str, size_bytes: int) -> None:
         """Count bytes that are about to be stored. Raises LimitReached if the key may not store them today."""
         limit = build_limit(owner, "stored_bytes_per_day", self.defaults)
         addition = self.build_addition([(owner, {"stored_bytes": 0})])
