@@ -48,14 +48,21 @@ def evaluate(
     report: Annotated[
         Path | None, typer.Option(help="File to write the scores to, as JSON.", rich_help_panel=OUTPUT)
     ] = None,
+    sheets: Annotated[
+        Path | None,
+        typer.Option(help="Folder for a contact sheet of 64 random cases of each task.", rich_help_panel=OUTPUT),
+    ] = None,
 ) -> None:
     """Score a preset on held-out prompts, edits, questions and routes, or the planner on whole conversations."""
     from omnivideo.agent.english_rules import split_actions
+    from omnivideo.evaluation.case_sheets import CaseSheets
     from omnivideo.evaluation.everything import evaluate_all
     from omnivideo.evaluation.phrases.runner import evaluate_phrases, score_phrases
     from omnivideo.evaluation.report import build_phrase_table, build_score_table, score_planner, scores_to_json
 
     check_evaluation(preset, phrases=phrases)
+    if sheets is not None and (phrases or planner):
+        raise InvalidInput("sheets", "sheets show single clips; they are not made for --phrases and --planner")
     studio = open_studio(preset, weights, device)
     with show_evaluation_progress() as on_progress:
         scores: dict[str, Score | float] = {}
@@ -67,7 +74,10 @@ def evaluate(
         elif planner:
             scores |= score_planner(studio.conversations, split_actions, count or DEFAULT_COUNT, on_progress)
         else:
-            scores |= evaluate_all(studio.omni, count or DEFAULT_COUNT, on_progress)
+            case_sheets = CaseSheets()
+            scores |= evaluate_all(studio.omni, count or DEFAULT_COUNT, on_progress, case_sheets.record)
+            if sheets is not None:
+                case_sheets.write(sheets)
     console.print(build_phrase_table(scores) if phrases else build_score_table(scores))
     if report is not None:
         report.write_text(scores_to_json(scores))

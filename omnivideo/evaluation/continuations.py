@@ -10,8 +10,11 @@ import torch
 from omnivideo.evaluation.editing import restate_request
 from omnivideo.evaluation.suite import (
     EvaluationProgress,
+    JudgedCase,
+    RecordCase,
     Score,
     build_message,
+    ignore_case,
     iterate_chunks,
     sample_clips,
     score_values,
@@ -63,6 +66,7 @@ def evaluate_continuations(
     count: int,
     on_progress: EvaluationProgress,
     tasks: Sequence[ContinuationTask] = CONTINUATION_TASKS,
+    record_case: RecordCase = ignore_case,
 ) -> dict[str, Score]:
     """Score `count` held-out requests of each task frame by frame, and the seams of extensions."""
     scores: dict[str, Score] = {}
@@ -72,7 +76,9 @@ def evaluate_continuations(
         for first, chunk in iterate_chunks(requests):
             for request, clip in zip(chunk, continue_clips(omni, chunk, 4000 + first), strict=True):
                 generated = clip[CLIP_FRAMES - 1 :] if task == "video-extension" else clip
-                verdicts.append(float(np.mean(find_matching_frames(generated, request.target))) >= MIN_MATCHING_SHARE)
+                share = float(np.mean(find_matching_frames(generated, request.target)))
+                verdicts.append(share >= MIN_MATCHING_SHARE)
+                record_case(JudgedCase(task, f"{share:.0%} of the frames", request.text, clip, verdicts[-1]))
                 if task == "video-extension":
                     seams.append(measure_seam(clip, CLIP_FRAMES))
             on_progress(task, first + len(chunk), count)
@@ -82,7 +88,9 @@ def evaluate_continuations(
     return scores
 
 
-def evaluate_long_clips(omni: OmniVideoModel, count: int, on_progress: EvaluationProgress) -> dict[str, Score]:
+def evaluate_long_clips(
+    omni: OmniVideoModel, count: int, on_progress: EvaluationProgress, record_case: RecordCase = ignore_case
+) -> dict[str, Score]:
     """Score clips of 17 frames: the content of the prompt, and frames with every object in its usual shape."""
     rng, verdicts, steadiness = random.Random("evaluation/long clips"), list[bool](), list[float]()
     captions = [
@@ -93,11 +101,11 @@ def evaluate_long_clips(omni: OmniVideoModel, count: int, on_progress: Evaluatio
         texts = [caption.text for caption in chunk]
         messages = [MLLMMessage(text) for text in texts]
         clips = sample_clips(omni, texts, messages, "text-to-video", 5000 + first, frames=LONG_CLIP_FRAMES)
-        detections = [detect_scene(clip) for clip in clips]
-        verdicts += [
-            caption.scene_spec.is_met_by(detection) for caption, detection in zip(chunk, detections, strict=True)
-        ]
-        steadiness += [detection.steadiness for detection in detections]
+        for text, caption, clip in zip(texts, chunk, clips, strict=True):
+            detection = detect_scene(clip)
+            verdicts.append(caption.scene_spec.is_met_by(detection))
+            steadiness.append(detection.steadiness)
+            record_case(JudgedCase("long-clips", "17 frames", text, clip, verdicts[-1]))
         on_progress("clips of 17 frames", first + len(chunk), count)
     return {"clips of 17 frames": score_verdicts(verdicts), "steadiness of 17 frames": score_values(steadiness)}
 

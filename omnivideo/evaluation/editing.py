@@ -11,7 +11,10 @@ import torch
 from omnivideo.contracts import THINK_END, get_editing_task
 from omnivideo.evaluation.suite import (
     EvaluationProgress,
+    JudgedCase,
+    RecordCase,
     Score,
+    ignore_case,
     iterate_chunks,
     sample_clips,
     score_verdicts,
@@ -74,7 +77,12 @@ def apply_edits(
 
 
 def evaluate_editing(
-    omni: OmniVideoModel, count: int, on_progress: EvaluationProgress, video: bool, think: bool = True
+    omni: OmniVideoModel,
+    count: int,
+    on_progress: EvaluationProgress,
+    video: bool,
+    think: bool = True,
+    record_case: RecordCase = ignore_case,
 ) -> dict[str, Score]:
     """Score held-out edits by kind and by the number of objects, and the PSNR of the area that should not change."""
     verdicts: dict[str, list[bool]] = defaultdict(list)
@@ -85,6 +93,7 @@ def evaluate_editing(
         clips = apply_edits(omni, [edit.instruction for edit in chunk], sources, 2000 + first, think)
         for edit, source, clip in zip(chunk, sources, clips, strict=True):
             is_right = edit.target_spec.is_met_by(detect_scene(clip))
+            record_case(JudgedCase(f"{name}-editing", edit.kind, edit.instruction, clip, is_right, source))
             for row in ("s", f": {edit.kind}", f"s of {len(edit.source.objects)} objects"):
                 verdicts[f"{name} edit{row}"].append(is_right)
             psnr = compute_untouched_psnr(edit, source, clip)

@@ -33,6 +33,27 @@ from omnivideo.synthetic.scorer import detect_scene
 # with the text.
 ConditionMode = Literal["full", "text only", "visual only", "swapped"]
 EvaluationProgress = Callable[[str, int, int], None]  # what is evaluated, the number of items done, the total
+
+
+@dataclass(frozen=True)
+class JudgedCase:
+    """A held-out request of a task, what the model made of it, and its source, uint8 [F, H, W, 3]."""
+
+    task: str
+    kind: str
+    text: str
+    result: np.ndarray
+    is_right: bool
+    source: np.ndarray | None = None
+
+
+RecordCase = Callable[[JudgedCase], None]
+
+
+def ignore_case(case: JudgedCase) -> None:
+    """Do nothing with a case whose verdict counts."""
+
+
 CHUNK_SIZE = 25
 MAX_ANSWER_TOKENS = 160
 T = TypeVar("T")
@@ -132,7 +153,11 @@ def sample_clips(
 
 
 def evaluate_generation(
-    omni: OmniVideoModel, count: int, on_progress: EvaluationProgress, mode: ConditionMode = "full"
+    omni: OmniVideoModel,
+    count: int,
+    on_progress: EvaluationProgress,
+    mode: ConditionMode = "full",
+    record_case: RecordCase = ignore_case,
 ) -> dict[str, Score]:
     """Score GenEval's six categories and motion, with `count` held-out prompts each, and the steadiness of clips."""
     verdicts: dict[str, list[bool]] = defaultdict(list)
@@ -145,9 +170,10 @@ def evaluate_generation(
             texts = [prompt.text for prompt in chunk]
             clips = sample_clips(omni, texts, [MLLMMessage(text) for text in texts], task, 1000 + first, mode)
             detections = [detect_scene(clip) for clip in clips]
-            verdicts[category] += [
-                prompt.scene_spec.is_met_by(detection) for prompt, detection in zip(chunk, detections, strict=True)
-            ]
+            for prompt, clip, detection in zip(chunk, clips, detections, strict=True):
+                is_right = prompt.scene_spec.is_met_by(detection)
+                verdicts[category].append(is_right)
+                record_case(JudgedCase(task, category, prompt.text, clip, is_right))
             steadiness += [detection.steadiness for detection in detections if is_video]
             on_progress(category, first + len(chunk), count)
     scores = {category: score_verdicts(results) for category, results in verdicts.items()}

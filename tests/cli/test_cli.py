@@ -16,12 +16,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from omnivideo import Studio, __version__
 from omnivideo.cli.app import collect_overrides
 from omnivideo.cli.main import main
+from omnivideo.contracts import TASKS
 from omnivideo.errors import CheckpointError, InvalidInput
 from omnivideo.evaluation.report import TARGET_SCORES
 from omnivideo.media.read import read_media
 from omnivideo.media.write import write_media
 from omnivideo.presets import PRESETS, TINY
 from omnivideo.synthetic.rendering import render_scene
+from omnivideo.synthetic.requests import CONTINUATION_TASKS
 from omnivideo.synthetic.scenes import stream_scenes
 from omnivideo.training.config import SHARD_RECIPES, TINY_RECIPES, TrainingConfig
 from omnivideo.training.engine import progress_bar
@@ -289,9 +291,12 @@ def test_evaluate_scores_every_category(run_cli, weights, tmp_path, monkeypatch)
     steps = {task: params.model_copy(update={"steps": 1}) for task, params in TINY.sampling.items()}
     monkeypatch.setitem(PRESETS, "tiny", TINY.model_copy(update={"sampling": steps}))
     code, text, err = run_cli(
-        "evaluate", "tiny", "--count", 2, "--weights", weights, "--report", tmp_path / "scores.json"
-    )
+        "evaluate", "tiny", "--count", 2, "--weights", weights, "--report", tmp_path / "scores.json",
+        "--sheets", tmp_path / "sheets",
+    )  # fmt: skip
     assert code == 0, err
+    drawn = {path.stem for path in (tmp_path / "sheets").iterdir()}
+    assert drawn == {*TASKS, *CONTINUATION_TASKS, "long-clips"}
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert set(TARGET_SCORES) <= set(scores)
     assert scores["single"]["count"] == 2 and "colour attribution" in text
