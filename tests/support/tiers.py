@@ -66,6 +66,8 @@ LONG = (
     "docs/test_docs_weights.py",
     # Weights of the released 1.3B model at full size.
     "models/weights/test_convert.py::test_version_1_in_full_size*",
+    # As many busy processes as CPUs, for three CPU seconds of the reader: they take the CPU from all other tests.
+    "media/test_sandbox.py::test_a_busy_machine*",
     # A browser, nginx in a network namespace, and a service with the shipped weights: 40 s.
     "api/test_behind_nginx.py",
     # A service with hundreds of turns and jobs: a minute.
@@ -85,7 +87,6 @@ LONG = (
     # mypy over the package and its libraries, without a cache: minutes.
     "usability/test_types.py",
     "usability/test_notebook.py",
-    "usability/test_types.py",
     # The released wheel, in an empty environment.
     "deploy/test_release.py::test_the_wheel_generates_a_clip*",
     # Processes that are killed at every node of a turn, and in batches and webhooks.
