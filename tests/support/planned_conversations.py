@@ -5,6 +5,7 @@ judged is the reading of words alone.
 """
 
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 from omnivideo.agent.command_results import execute_command
@@ -133,7 +134,8 @@ class PlannedConversation:
             for _ in range(count):
                 self.add(replace(source))
             return "", False
-        outcome = execute_command(state, command, build_help(), lambda artifact, _: artifact, MAX_RESULTS)
+        tools: Any = SimpleNamespace(convert_artifact=lambda artifact, suffix: artifact)  # nothing is stored
+        outcome = execute_command(state, command, build_help(), tools, MAX_RESULTS)
         if "current_key" in outcome.updates:
             self.current = int(outcome.updates["current_key"] or 0)
         return outcome.message, outcome.is_refused
