@@ -245,8 +245,9 @@ def test_the_command_trains_over_shards(encoded_dataset, weights, tmp_path_facto
         "--size",
         "64x64",
     ]
+    few = ["--stills", "8", "--clips", "4", "--frames", "5", "--steps", "2"]
     for stage in ("stage1", "stage2a", "stage2b", "stage3"):
-        ran = CliRunner().invoke(app, ["train", stage, *given, "--frames", "5", "--steps", "2"], catch_exceptions=False)
+        ran = CliRunner().invoke(app, ["train", stage, *given, *few], catch_exceptions=False)
         assert ran.exit_code == 0 and (tmp_path / stage / "state.pt").exists()
     asked = ["--stills", "2", "--ratio", "text-to-image=1", "--micro-batch-size", "1"]
     asked += ["--runs", str(tmp_path / "asked")]
