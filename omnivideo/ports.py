@@ -1,6 +1,6 @@
 """The ports: what one package needs from another, as protocols. omnivideo/wiring.py chooses their implementations."""
 
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, BinaryIO, Literal, Protocol, TypeVar
 
@@ -321,6 +321,10 @@ class TurnStore(Protocol):
 
         Return None if the id is known or another turn of the thread is open.
         """
+        ...
+
+    def follow_new_turns(self, deliver: Callable[[], None]) -> AbstractContextManager[None]:
+        """Call `deliver` when any process has created a turn, until the context ends."""
         ...
 
     def get_turn(self, turn_id: str, owner: str) -> TurnRecord | None: ...

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 from omnivideo.agent.conversations import LOCAL_OWNER, Conversations, OpenQueue
 from omnivideo.contracts import Artifact, Lane
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
     from omnivideo.api.dependencies import ServiceContext
+    from omnivideo.api.turn_process import TurnProcess
+    from omnivideo.api.turn_runner import TurnRunner
     from omnivideo.backends.decoder.renderer import Renderer
     from omnivideo.backends.decoder.worker import Worker
     from omnivideo.backends.mllm.remote import RemoteMLLM
@@ -300,7 +302,7 @@ class ServiceWiring:
             self.open_queue,
             self.store,
             saver,
-            self.attach_file,
+            partial(store_user_file, self.store),
             preset,
             lambda owner: StoreMediaTools(MeteredObjectStore(self.store, self.usage, owner)),
             self.settings.max_generations_per_turn,
@@ -309,12 +311,11 @@ class ServiceWiring:
         self.close_callbacks.append(conversations.close)
         return conversations
 
-    def build_service_context(self) -> "ServiceContext":
-        """Build what the HTTP service's routes use."""
+    def build_service_context(self, turn_process: "TurnProcess | None" = None) -> "ServiceContext":
+        """Build what the HTTP service's routes use. Without a process for the turns, they run in this one."""
         from omnivideo.api import bulkheads
         from omnivideo.api.access import AccessControl
         from omnivideo.api.dependencies import ServiceContext
-        from omnivideo.api.turn_runner import TurnRunner
         from omnivideo.backends.webhooks import check_reachable
         from omnivideo.media import ingest
         from omnivideo.media.thumbnails import create_picture_renderer
@@ -350,9 +351,8 @@ class ServiceWiring:
             workers=WorkerRepository(self.engine),
             turns=self.turns,
             conversations=self.conversations,
-            turn_runner=TurnRunner(
-                self.turns, self.jobs, self.conversations, settings.heartbeat_timeout, usage=self.usage
-            ),
+            turn_runner=self.turn_runner,
+            turn_process=turn_process,
             ingest_media=ingest_media,
             fetch_media=decoding.wrap(fetch_media),
             notify_workers=self.notify_workers,
@@ -361,6 +361,13 @@ class ServiceWiring:
             mllm_server=self.remote_mllm,
             fetch_mllm_metrics=getattr(self.mllm, "fetch_metrics", None),
         )
+
+    @cached_property
+    def turn_runner(self) -> "TurnRunner":
+        from omnivideo.api.turn_runner import TurnRunner
+
+        timeout = self.settings.heartbeat_timeout
+        return TurnRunner(self.turns, self.jobs, self.conversations, timeout, usage=self.usage)
 
     def start_background_services(self, context: "ServiceContext") -> "ServiceContext":
         """Start the batch runner, the webhook sender and the sweep in the background. Return the same context."""
@@ -389,10 +396,6 @@ class ServiceWiring:
         if not settings.database:  # otherwise a process of its own runs `omnivideo sweep`
             self.close_callbacks.append(PeriodicThread("sweep", SWEEP_SECONDS, self.sweep, log).start().stop)
         return context
-
-    def attach_file(self, path: str | Path, created_by: str) -> Any:
-        """Store a file of this machine's user. Uploads go through media.ingest, which does not trust them."""
-        return store_user_file(self.store, path, created_by)
 
     def build_sweep(self) -> "Sweep":
         from omnivideo.storage.database.retention import RetentionRepository

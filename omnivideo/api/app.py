@@ -224,9 +224,9 @@ def create_app(context: ServiceContext) -> FastAPI:
     @asynccontextmanager
     async def run_turns_while_serving(app: FastAPI) -> AsyncIterator[None]:
         anyio.to_thread.current_default_thread_limiter().total_tokens = MAX_THREADS
-        context.turn_runner.start()
+        (context.turn_process or context.turn_runner).start()
         yield
-        await anyio.to_thread.run_sync(context.turn_runner.stop)
+        await anyio.to_thread.run_sync(context.stop_turns)
 
     app = FastAPI(
         title="omnivideo",
@@ -245,7 +245,7 @@ def create_app(context: ServiceContext) -> FastAPI:
     def begin_stop() -> None:
         """Give the turns of this process back, and answer the requests that wait for them; the server calls it."""
         feed.stop()
-        threading.Thread(target=context.turn_runner.stop, name="stop-turns").start()
+        threading.Thread(target=context.stop_turns, name="stop-turns").start()
 
     app.state.begin_stop = begin_stop
     # The last one added is the first that a request passes.

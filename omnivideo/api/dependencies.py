@@ -29,6 +29,7 @@ from omnivideo.api.stores import (
     WebhookStore,
     WorkerStore,
 )
+from omnivideo.api.turn_process import TurnProcess
 from omnivideo.api.turn_runner import TurnRunner
 from omnivideo.contracts import Artifact
 from omnivideo.ports import JobStore, SweepableObjectStore, TextLimits, TurnStore
@@ -88,8 +89,15 @@ class ServiceContext:
     render_thumbnail: Callable[[str, Artifact, str], tuple[bytes, str]]  # of owner, clip, variant: image, file suffix
     check_webhook_url: Callable[[str], None]  # raises InvalidInput for a URL that may not receive events
     text_limits: TextLimits
+    turn_process: TurnProcess | None = None  # which runs the turns; None if `turn_runner` does so in this process
     mllm_server: MLLMServer | None = None  # None if the MLLM runs in this process
     fetch_mllm_metrics: Callable[[], str] | None = None  # of its server, or of the MLLM in this process
+
+    def stop_turns(self) -> None:
+        """Give the running turns back to the queue, and answer the requests that wait for turns."""
+        if self.turn_process is not None:
+            self.turn_process.stop()
+        self.turn_runner.stop()
 
 
 async def get_service_context(request: Request) -> ServiceContext:

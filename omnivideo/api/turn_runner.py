@@ -160,10 +160,7 @@ class TurnRunner:
             "client_fields": client_fields or {},
             "trace": capture_trace_context(),
         }
-        turn, is_new = self.create_turn(turn_id, owner, thread.id, progress.num_turns + 1, turn_body)
-        if is_new:
-            self.turns_changed.set()
-        return turn
+        return self.create_turn(turn_id, owner, thread.id, progress.num_turns + 1, turn_body)
 
     def refuse_turn(
         self, turn_id: str, owner: str, thread_id: str, error: InvalidInput, client_fields: dict[str, Any] | None = None
@@ -174,18 +171,18 @@ class TurnRunner:
         """
         thread = self.get_thread(owner, thread_id)
         record, body = to_api_error(error).to_record(), {"client_fields": client_fields or {}}
-        return self.create_turn(turn_id, owner, thread.id, thread.get_progress().num_turns + 1, body, record)[0]
+        return self.create_turn(turn_id, owner, thread.id, thread.get_progress().num_turns + 1, body, record)
 
     def create_turn(
         self, turn_id: str, owner: str, thread_id: str, number: int, body: dict[str, Any],
         error: dict[str, Any] | None = None,
-    ) -> tuple[TurnRecord, bool]:  # fmt: skip
-        """Create a turn, which has failed if `error` is given. Return it, or the turn with the id, and if it is new."""
+    ) -> TurnRecord:  # fmt: skip
+        """Create a turn, which has failed if `error` is given. Return it, or the turn that has the id."""
         turn = self.turns.create_turn(turn_id, thread_id, owner, number, body, error)
         existing_turn = turn or self.turns.get_turn(turn_id, owner)
         if existing_turn is None:
             raise APIError(409, "thread: a turn is running; wait until it ends, or cancel it", "thread", "busy")
-        return existing_turn, turn is not None
+        return existing_turn
 
     def get_thread(self, owner: str, thread_id: str, lane: Lane = "interactive") -> Thread:
         """Return the owner's thread; raise APIError (404) if there is none.
@@ -261,13 +258,14 @@ class TurnRunner:
 
     def claim_turns(self) -> None:
         """Claim turns and run them while slots are free, until the runner stops."""
-        while not self.stop_event.is_set():
-            self.turns_changed.clear()
-            try:
-                self.claim_turns_once()
-            except Exception as error:  # the database may be unavailable for a while
-                log.warning("turns: %s", error if isinstance(error, OmniVideoError) else type(error).__name__)
-            self.turns_changed.wait(self.poll_seconds)
+        with self.turns.follow_new_turns(self.turns_changed.set):
+            while not self.stop_event.is_set():
+                self.turns_changed.clear()
+                try:
+                    self.claim_turns_once()
+                except Exception as error:  # the database may be unavailable for a while
+                    log.warning("turns: %s", error if isinstance(error, OmniVideoError) else type(error).__name__)
+                self.turns_changed.wait(self.poll_seconds)
 
     def claim_turns_once(self) -> None:
         if time.monotonic() >= self.next_poison_check_at:  # every turn that begins or ends leads here

@@ -21,6 +21,7 @@ from omnivideo.errors import InvalidInput, MissingDependency
 from omnivideo.startup import exempt_loaded_objects, pause_collection, preload_torch
 
 if TYPE_CHECKING:
+    from omnivideo.api.turn_process import TurnProcess
     from omnivideo.models.omni import OmniVideoModel
     from omnivideo.settings import ServiceSettings
     from omnivideo.wiring import ServiceWiring
@@ -196,7 +197,8 @@ def serve(
         wiring = build_wiring(settings, device)
 
         def build_application() -> Any:
-            application = create_app(wiring.start_background_services(wiring.build_service_context()))
+            context = wiring.build_service_context(open_turn_process(settings))
+            application = create_app(wiring.start_background_services(context))
             if settings.metrics_port:
                 wiring.close_callbacks.append(serve_metrics(host, settings.metrics_port, application))
             exempt_loaded_objects()
@@ -208,6 +210,43 @@ def serve(
             if settings.broker:  # otherwise this process has a worker, whose clip must be given back
                 limit_exit_time()
             wiring.close()
+
+
+def open_turn_process(settings: "ServiceSettings") -> "TurnProcess | None":
+    """Return a process for the turns; None if this process has the MLLM, or a database that notifies no others."""
+    from omnivideo.api.turn_process import TurnProcess
+
+    if not (settings.database and settings.mllm):
+        return None
+    options = {
+        "home": settings.home, "weights": settings.weights, "log-format": settings.log_format,
+        "log-level": settings.log_level,
+    }  # fmt: skip
+    given = [argument for name, value in options.items() if value for argument in (f"--{name}", str(value))]
+    return TurnProcess([sys.executable, "-m", "omnivideo.cli", "run-turns", *given])
+
+
+@app.command(hidden=True)
+def run_turns(
+    home: HomeOption = None,
+    weights: WeightsOption = None,
+    log_format: LogFormatOption = None,
+    log_level: LogLevelOption = None,
+) -> None:
+    """Run the turns of a service's threads until standard input ends; `omnivideo serve` starts it."""
+    settings = load_service_settings(weights, home=home, log_format=log_format, log_level=log_level)
+    configure_logging("turns", settings)
+    with pause_collection():
+        from omnivideo.api import turn_process
+
+        wiring = build_wiring(settings)
+        runner = wiring.turn_runner
+        exempt_loaded_objects()
+    try:
+        turn_process.run_turns(runner)
+    finally:
+        limit_exit_time()
+        wiring.close()
 
 
 @app.command(rich_help_panel=SERVICE_COMMANDS)

@@ -201,13 +201,15 @@ class StorageCheck:
 
 @router.get("/ready")
 def check_ready(context: ContextDep, request: Request) -> dict[str, str]:
-    """Answer 200 if the database and the object store can be written, otherwise 503.
+    """Answer 200 if the database and the object store can be written and turns are run, otherwise 503.
 
     The service is also ready while the MLLM starts: requests that need it wait. `language_model` says if its server's
     certificate is not trusted.
     """
     check: StorageCheck = request.app.state.storage_check
     check.run()
+    if context.turn_process is not None:
+        context.turn_process.check_running()
     return {
         "status": "ready",
         "language_model": context.mllm_server.describe_state() if context.mllm_server else "ready",

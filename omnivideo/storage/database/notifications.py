@@ -40,6 +40,7 @@ RECHECK_SECONDS = 60.0  # until it is sent again, if none arrived
 RECONNECT_SECONDS = (0.1, 5.0)  # the first and the longest pause between two attempts to connect
 ANY_JOB_END = "end"
 NEW_DELIVERY = "delivery"  # the topic of new deliveries to webhooks
+NEW_TURN = "new-turn"  # the topic of turns that can be claimed
 
 
 Deliver = Callable[[Change | None], None]  # None: changes may have been missed, so read the database

@@ -8,16 +8,30 @@ jobs, what a process writes carries the number of its attempt.
 """
 
 import uuid
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, suppress
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, Row, and_, case, delete, exists, func, insert, literal, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Row,
+    String,
+    and_,
+    case,
+    delete,
+    exists,
+    func,
+    insert,
+    literal,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.exc import IntegrityError
 
 from omnivideo.contracts import OPEN_STATES, Change, Lane
 from omnivideo.errors import InvalidInput
-from omnivideo.storage.database.notifications import AsyncWatch, turn_topic
+from omnivideo.storage.database.notifications import NEW_TURN, AsyncWatch, turn_topic
 from omnivideo.storage.database.repository import Repository, find_object_keys, record_from_row, select_values, unix_now
 from omnivideo.storage.database.schema import chat_threads, jobs, threads, turn_events, turns
 from omnivideo.turns import MAX_PROCESS_LOSSES, ThreadRecord, TurnEvents, TurnRecord
@@ -117,8 +131,14 @@ class TurnRepository(Repository):
             list(values), select_values(turns, values).where(~has_open_turn)
         )
         use = update(threads).where(threads.c.id == thread_id).values(used_at=unix_now())
-        rows = self.fetch_and_follow(insertion.on_conflict_do_nothing().returning(turns), lambda _: use)
+        notification = self.notifier.build_notification(literal(NEW_TURN, String))
+        rows = self.fetch_and_follow(insertion.on_conflict_do_nothing().returning(turns, notification), lambda _: use)
+        self.notifier.publish(Change(topic=NEW_TURN))
         return record_from_row(TurnRecord, rows[0]) if rows else None
+
+    def follow_new_turns(self, deliver: Callable[[], None]) -> AbstractContextManager[None]:
+        """Call `deliver` when any process has created a turn, until the context ends."""
+        return self.notifier.subscribe((NEW_TURN,), lambda _: deliver())
 
     def get_turn(self, turn_id: str, owner: str) -> TurnRecord | None:
         row = self.fetch_one(select(turns).where(turns.c.id == turn_id, turns.c.owner == owner))
