@@ -58,7 +58,7 @@ class AttackedService:
 
 @dataclass
 class Phase:
-    """What the users noticed. Memory in MB: of the API's process, and with its decoding processes."""
+    """What the users noticed. Memory in MB: of the API's process, and with those that it has started."""
 
     report: UsersReport
     api_mb: float

@@ -51,6 +51,7 @@ class TurnProcess:
             process.wait(2 * STOP_TIMEOUT_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()  # its turns count as lost, and another process continues them
+            process.wait()
 
     def check_running(self) -> None:
         """Raise StoreError if the process does not start, so that no turns are run."""
@@ -66,6 +67,8 @@ class TurnProcess:
                     return
                 self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE)
             status = self.process.wait()
+            if self.process.stdin is not None:
+                self.process.stdin.close()
             if self.stop_event.is_set():
                 return
             is_stable = time.monotonic() - started_at > STABLE_SECONDS

@@ -125,6 +125,7 @@ SLOW = (
     "api/test_public_links.py",
     "api/test_responses.py",
     "api/test_threads*.py",
+    "api/test_turn_process.py",
     "api/test_turn_runner.py",
     "backends/decoder/test_rollout.py",
     "backends/decoder/test_worker*.py",
