@@ -20,6 +20,7 @@ from omnivideo.contracts import Artifact
 from omnivideo.evaluation.phrases.entries import Phrase
 from omnivideo.evaluation.phrases.judge import PhraseOutcome, ProducedArtifact, Verdict, judge_phrase
 from omnivideo.evaluation.phrases.runner import list_capabilities
+from omnivideo.ports import MediaTools
 from omnivideo.presets import TINY
 from omnivideo.synthetic.facts import ObjectDetection, SceneDetection
 from omnivideo.synthetic.scenes import FRAME_SIZE
@@ -41,6 +42,13 @@ class Result:
 
     def describe(self) -> str:
         return self.scene.to_text().partition(" of ")[2]
+
+
+class PlannedMediaTools(MediaTools):
+    """Names the file that would be written."""
+
+    def convert_artifact(self, artifact: Artifact, suffix: str) -> Artifact:
+        return artifact.model_copy(update={"key": f"{artifact.key}.{suffix}"})
 
 
 @dataclass
@@ -133,7 +141,7 @@ class PlannedConversation:
             for _ in range(count):
                 self.add(replace(source))
             return "", False
-        outcome = execute_command(state, command, build_help(), lambda artifact, _: artifact, MAX_RESULTS)
+        outcome = execute_command(state, command, build_help(), PlannedMediaTools(), MAX_RESULTS)
         if "current_key" in outcome.updates:
             self.current = int(outcome.updates["current_key"] or 0)
         return outcome.message, outcome.is_refused
