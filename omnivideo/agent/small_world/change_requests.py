@@ -36,8 +36,10 @@ def read_changes(
     text: str, normalized: str, changes: Sequence[WordedChange], reference: str, context: Context
 ) -> list[Reading]:
     """Return a reading for each change; one refusal or question if any of them cannot be made."""
+    named = list(changes)
     if not reference:
-        changes = [name_target_of_it(change, normalized, context) for change in changes]
+        named = [name_target_of_it(change, normalized, context) for change in changes]
+    is_as_said, changes = named == list(changes), named
     expanded = [new for change in changes for new in expand_change(change, context)]
     for change in expanded:
         if problem := find_change_problem(change, context):
@@ -53,7 +55,8 @@ def read_changes(
     if reference == "described" or is_second_motion:
         return [Reading("do", text)]
     if (
-        expanded == list(changes)
+        is_as_said
+        and expanded == changes
         and len(expanded) == 1
         and not reference
         and english_rules.is_plain_wording(text, normalized, load_pattern("edit_form"))

@@ -30,6 +30,12 @@ ATTRIBUTES = {
     "colours": "colour", "colour": "colour",
     "shapes": "shape", "sizes": "size",
 }  # fmt: skip
+# What follows a number of objects that are not named again: "make that two, please", but not "give it four corners".
+COUNT_ENDS = (
+    "", ",", ".", ";", ":", "!", "of", "please", "now", "then", "instead", "and", "but", "in", "on", "more", "not",
+    "it", "them", "total", "altogether", "only", "rather", "again", "too", "also", "with", "there", "here", "or",
+    "if", "for",
+)  # fmt: skip
 TARGET_MODIFIERS = ("colour", "size", "number", "region")
 
 
@@ -241,7 +247,8 @@ class EditReader:
             return self.set_value("region", region)
         if medium := token.get("medium"):
             return self.set_value("medium", medium)
-        if token.has("number") and not token.has("thing") and not self.is_interjection():
+        is_number = token.has("number") and not token.has("thing") and not self.is_interjection()
+        if is_number and self.text_at(1) in COUNT_ENDS:
             return self.set_value("count", token.get("number") or "")
         return 0
 

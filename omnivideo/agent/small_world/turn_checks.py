@@ -11,13 +11,14 @@ from omnivideo.agent.small_world.changes import WordedChange
 from omnivideo.agent.small_world.lexicon import Token, load_lexicon, normalize_text, tokenize
 from omnivideo.agent.small_world.readings import Context, Reading
 from omnivideo.agent.small_world.referring import read_current_scene
-from omnivideo.agent.small_world.scenes import DescribedScene
+from omnivideo.agent.small_world.scenes import DescribedScene, read_scene
 from omnivideo.agent.small_world.wordings import load_pattern, load_weighty_words
 
 # What is named shortly after them is not meant, or stays as it is.
 NEGATING_WORDS = {
     "not", "no", "instead", "never", "without", "than", "from", "remove", "keep", "leave", "was", "were",
 }  # fmt: skip
+DENYING_WORDS = {"not", "never", "without"}  # shortly before a verb
 CHANGES_OF_OBJECTS = ("recolour", "reshape", "resize", "motion", "speed", "path", "remove", "place")
 CHANGES_OF_VALUES = ("recolour", "reshape", "motion", "background")  # whose result the words alone say
 VALUE_CATEGORIES = ("colour", "shape", "plural", "speed", "direction", "motion", "region", "relation")
@@ -28,6 +29,9 @@ SHARED_VALUES = {
     "bottom left": {"down", "left"}, "bottom right": {"down", "right"},
 }  # fmt: skip
 REFERRING_WORDS = ("same", "previous", "other", "third", "too")  # to what there is
+FURTHER_WORDS = ("more", "other", "new", "extra", "further", "additional", "equal", "of")  # between number and shape
+DETERMINERS = ("the", "these", "those", "both", "all", "of", "no", "into", "to", "be", "not", "than")
+NEIGHBOUR_WORDS = ("with", "next", "beside", "near", "alongside", "besides", "nearby", "adjacent")  # to what there is
 UNKNOWN_PLACES = ("behind", "between", "around")  # of a new object
 EDIT_KINDS = ("resize", "speed", "path", "place", "swap")  # those that not every preset declares
 MOTIONS_OF_SIZE = {"grow": "growing", "shrink": "shrinking"}
@@ -43,7 +47,8 @@ def find_question(readings: Sequence[Reading], said: str, text: str, context: Co
         return ""
     is_generated = all(reading.goal == "generate" for reading in made)
     is_about_result = is_generated and context.medium is not None and refers_to_result(said, text, context)
-    if is_about_result or is_part_left_out(made, text, context) or has_weighty_word(text):
+    is_unclear = is_part_left_out(made, text, context) or has_weighty_word(text) or is_denied(made, said)
+    if is_about_result or is_unclear or (is_generated and is_half_said(text, context)):
         return replies.build_unclear_question()
     if made[0].goal == "generate" and len(made) > 1 and context.medium:
         drawn, made = made[0].text, made[1:]
@@ -80,10 +85,32 @@ def is_part_left_out(made: Sequence[Reading], text: str, context: Context) -> bo
     has_addition = any(names_verb("add", reading.text) or names_verb("put", reading.text) for reading in made)
     if has_addition and not is_generated and any(token.text in UNKNOWN_PLACES for token in tokenize(text)):
         return True
+    is_reversed = load_pattern("reversal").search(normalize_text(text)) is not None
+    is_moving = any(token.has("direction", "motion") for reading in made for token in tokenize(reading.text))
+    if is_number_left_out(text, made) or (is_reversed and not is_moving):
+        return True
     named = list_named_values(text) - list_named_values(" ; ".join(reading.text for reading in made), is_wish=False)
     if named and not is_generated:
         named -= list_named_values(context.describe(), is_wish=False)
     return bool(named)
+
+
+def is_number_left_out(text: str, made: Sequence[Reading]) -> bool:
+    """Return whether a text names several new objects, as in "add two more squares", and the readings have others."""
+    tokens = tokenize(text)
+    scenes = [read_scene(tokenize(reading.text)) for reading in made]
+    for index, token in enumerate(tokens):
+        shape, start = token.get("plural"), index
+        while start and (tokens[start - 1].has("colour", "size") or tokens[start - 1].text in FURTHER_WORDS):
+            start -= 1
+        number = int(tokens[start - 1].get("number") or 0) if start else 0
+        before = tokens[start - 1 - (number > 0)].text if start > (number > 0) else ""
+        if shape is None or before in DETERMINERS or (number < 2 and not names_verb("add", text)):
+            continue
+        counts = [sum(obj.count or 1 for obj in scene.objects if obj.shape == shape) for scene in scenes]
+        if sum(counts) < max(number, 2) and any(counts):
+            return True
+    return False
 
 
 def list_named_values(text: str, *, is_wish: bool = True) -> set[str]:
@@ -103,6 +130,21 @@ def list_named_values(text: str, *, is_wish: bool = True) -> set[str]:
     return values
 
 
+def is_denied(made: Sequence[Reading], said: str) -> bool:
+    """Return whether a reading does what is not to be done ("do not add anything"), or leaves one of "no X, no Y"."""
+    tokens = tokenize(said)
+    denied = {
+        verb
+        for index, token in enumerate(tokens[1:], start=1)
+        for verb in ("add", "remove", "swap")
+        if token.has(verb) and {other.text for other in tokens[max(0, index - 2) : index]} & DENYING_WORDS
+    }
+    unwanted = {token.get("shape") for before, token in pairwise(tokens) if before.text == "no"} - {None}
+    removed = [reading.text for reading in made if names_verb("remove", reading.text)]
+    is_kept = any(not any(f" {shape}" in text for text in removed) for shape in unwanted) and bool(removed)
+    return is_kept or any(names_verb(verb, reading.text) for verb in denied for reading in made)
+
+
 def names_verb(verb: str, text: str) -> bool:
     return any(token.has(verb) for token in tokenize(text))
 
@@ -115,13 +157,30 @@ def refers_to_result(said: str, text: str, context: Context) -> bool:
     first = next((index for index, token in enumerate(tokens) if token.has("shape", "plural")), len(tokens))
     if first == len(tokens):  # "now two of them"
         return False
-    if any(token.has("reference") for token in tokens[:first]):
+    if any(token.has("reference") for token in tokens[:first]) or is_half_of_pair(said):
         return True
     if any(token.text in REFERRING_WORDS for token in tokenize(said)):
         return True
     return is_bare_name(tokens, first) and tokens[first].get("shape") in {
         obj.shape for obj in read_current_scene(context).objects
     }
+
+
+def is_half_said(text: str, context: Context) -> bool:
+    """Return whether a few words name an object without a colour, where they can also mean a change of a result."""
+    tokens = tokenize(text)
+    objects = [obj for obj in read_scene(tokens).objects if obj.shape]
+    is_request = any(token.has("draw", "medium", "reference") for token in tokens)
+    return bool(context.medium and objects) and not is_request and not any(obj.colour for obj in objects)
+
+
+def is_half_of_pair(text: str) -> bool:
+    """Return whether an object stands next to one that is not named: "next to a blue square", "a blue star beside"."""
+    tokens = tokenize(text)
+    scene, places = read_scene(tokens), (*tokens[:1], *tokens[-1:])
+    is_placed = any(token.has("relation") or token.text in NEIGHBOUR_WORDS for token in places)
+    is_placed = is_placed or any(token.has("relation") for token in tokens)
+    return is_placed and len(scene.objects) == 1
 
 
 def is_bare_name(tokens: Sequence[Token], index: int) -> bool:
