@@ -16,6 +16,7 @@ from omnivideo.agent.small_world.scenes import (
     read_scene,
 )
 
+KEPT = "as it is"  # what a value is kept as that is not named
 COPULAS = ("should be", "become", "becomes", "turned", "made", "changed", "painted")
 GROUND_ENDS = ("shape", "plural", "ground", "reference", "add", "remove", "make", "put")
 EDIT_VERBS = ("add", "remove", "replace", "swap")
@@ -121,7 +122,7 @@ class EditReader:
             return 1
         attribute = ATTRIBUTES.get(token.text.removeprefix("the "))
         if attribute and self.is_kept:  # "keep the colour"
-            self.result.kept[attribute] = "as it is"
+            self.result.kept[attribute] = KEPT
             return 1
         if attribute and self.clause.verb in ("swap", "replace"):
             self.clause.verb, self.attribute = "swap", attribute
@@ -160,7 +161,7 @@ class EditReader:
         if token.has("ground") and not self.is_kept:
             return self.read_ground()
         if token.has("ground"):
-            self.result.kept["background"] = "as it is"
+            self.result.kept["background"] = KEPT
             return 1
         if token.has("reference", "rest") and not self.is_relative() and not self.is_before_shape():
             self.set_target("them" if token.get("reference") == "them" else "it")
@@ -280,7 +281,8 @@ class EditReader:
         """Read "the background" with a colour after it."""
         for index in range(self.position + 1, min(self.position + 6, len(self.tokens))):
             is_copula = self.tokens[index].text in COPULAS  # "the background should be white"
-            if not is_copula and self.tokens[index].has(*GROUND_ENDS):
+            is_owner = self.text_at(index - self.position - 1) == "of"  # "the background of it"
+            if not is_copula and not is_owner and self.tokens[index].has(*GROUND_ENDS):
                 break
             if colour := self.tokens[index].get("colour"):
                 self.set_value("background", colour)

@@ -19,6 +19,11 @@ NEGATING_WORDS = {
     "not", "no", "instead", "never", "without", "than", "from", "remove", "keep", "leave", "was", "were",
 }  # fmt: skip
 DENYING_WORDS = {"not", "never", "without"}  # shortly before a verb
+# Shortly before things that are not changed: "the colour of the circle", "next to the square", "so is the star".
+RELATING_WORDS = {
+    "of", "as", "like", "beside", "by", "near", "with", "behind", "next", "between", "around", "alongside", "same",
+    "but", "except", "if", "because", "since", "fine", "stays", "match", "matches", "for", "?",
+}  # fmt: skip
 CHANGES_OF_OBJECTS = ("recolour", "reshape", "resize", "motion", "speed", "path", "remove", "place")
 CHANGES_OF_VALUES = ("recolour", "reshape", "motion", "background")  # whose result the words alone say
 VALUE_CATEGORIES = ("colour", "shape", "plural", "speed", "direction", "motion", "region", "relation")
@@ -31,8 +36,9 @@ SHARED_VALUES = {
 REFERRING_WORDS = ("same", "previous", "other", "third", "too")  # to what there is
 FURTHER_WORDS = ("more", "other", "new", "extra", "further", "additional", "equal", "of")  # between number and shape
 DETERMINERS = ("the", "these", "those", "both", "all", "of", "no", "into", "to", "be", "not", "than")
-NEIGHBOUR_WORDS = ("with", "next", "beside", "near", "alongside", "besides", "nearby", "adjacent")  # to what there is
-UNKNOWN_PLACES = ("behind", "between", "around")  # of a new object
+ADDING_WORDS = ("another", "more", "second", "third", "fourth", "extra", "also", "too", "well", "additional", "like")
+NEIGHBOUR_WORDS = ("with", "beside", "near", "alongside", "besides", "nearby", "adjacent")  # to what there is
+UNKNOWN_PLACES = ("behind", "between", "around", "same")  # of a new object, and what else it has
 EDIT_KINDS = ("resize", "speed", "path", "place", "swap")  # those that not every preset declares
 MOTIONS_OF_SIZE = {"grow": "growing", "shrink": "shrinking"}
 
@@ -45,16 +51,18 @@ def find_question(readings: Sequence[Reading], said: str, text: str, context: Co
     made = [reading for reading in readings if reading.kind == "do" and is_result(reading, context)]
     if not made or len(made) < len(readings) or any(reading.task or reading.joined for reading in made):
         return ""
-    is_generated = all(reading.goal == "generate" for reading in made)
+    is_generated = all(is_new(reading, context) for reading in made)
     is_about_result = is_generated and context.medium is not None and refers_to_result(said, text, context)
     is_unclear = is_part_left_out(made, text, context) or has_weighty_word(text) or is_denied(made, said)
-    if is_about_result or is_unclear or (is_generated and is_half_said(text, context)):
+    if is_about_result or is_unclear or (is_generated and is_half_said(made, said, context)):
         return replies.build_unclear_question()
-    if made[0].goal == "generate" and len(made) > 1 and context.medium:
+    if is_new(made[0], context) and len(made) > 1 and context.medium:
         drawn, made = made[0].text, made[1:]
         context = replace(context, describe=lambda: drawn, artifacts=(), number=0)
-    if any(reading.goal == "generate" or reading.reference.isdigit() for reading in made):
+    if any(is_new(reading, context) or reading.reference.isdigit() for reading in made):
         return ""
+    if adds_what_is_there(made, said, context):
+        return replies.build_unclear_question()
     changes = [change for reading in made for change in read_worded_changes(reading.text, context.medium or "")]
     if any(change.kind in EDIT_KINDS and change.kind not in context.preset.edits for change in changes):
         return replies.build_unclear_question()
@@ -64,7 +72,14 @@ def find_question(readings: Sequence[Reading], said: str, text: str, context: Co
 def is_result(reading: Reading, context: Context) -> bool:
     """Return whether a reading is of a new result or a change whose words are known."""
     is_worded = context.medium is not None and load_pattern("edit_form").fullmatch(normalize_text(reading.text))
-    return reading.goal in ("generate", "edit") or (reading.goal == "" and bool(is_worded))
+    return reading.goal in ("generate", "edit") or (reading.goal == "" and bool(is_worded)) or is_new(reading, context)
+
+
+def is_new(reading: Reading, context: Context) -> bool:
+    """Return whether a reading is of something new: by its goal, or in the MLLM's words where there is a result."""
+    form = load_pattern("scene_form")
+    is_worded = context.medium is not None and reading.goal == "" and form.fullmatch(normalize_text(reading.text))
+    return reading.goal == "generate" or (bool(is_worded) and bool(read_scene(tokenize(reading.text)).objects))
 
 
 # ---------------------------------------------------------------- the words
@@ -76,7 +91,7 @@ def is_part_left_out(made: Sequence[Reading], text: str, context: Context) -> bo
     What is said not to be meant, or stands there already, need not be in a reading.
     """
     number = load_pattern("result_number").search(normalize_text(text))
-    is_generated = all(reading.goal == "generate" for reading in made)
+    is_generated = all(is_new(reading, context) for reading in made)
     if number and is_generated and len(made) != int(load_lexicon().phrases[number["number"]][0][1]):
         return True
     is_only_addition = names_verb("add", text) and not any(map(names_verb, ("remove", "replace", "swap"), [text] * 3))
@@ -87,12 +102,36 @@ def is_part_left_out(made: Sequence[Reading], text: str, context: Context) -> bo
         return True
     is_reversed = load_pattern("reversal").search(normalize_text(text)) is not None
     is_moving = any(token.has("direction", "motion") for reading in made for token in tokenize(reading.text))
-    if is_number_left_out(text, made) or (is_reversed and not is_moving):
+    is_missing = is_number_left_out(text, made) or (not is_generated and is_object_left_out(text, made))
+    if is_missing or (is_reversed and not is_moving):
+        return True
+    is_more = {"another", "too", "also", "well"} & {token.text for token in tokenize(text)} and not is_generated
+    is_added = any(names_verb("add", reading.text) for reading in made)
+    if is_more and not is_added and load_pattern("indefinite_one").search(normalize_text(text)):
         return True
     named = list_named_values(text) - list_named_values(" ; ".join(reading.text for reading in made), is_wish=False)
     if named and not is_generated:
         named -= list_named_values(context.describe(), is_wish=False)
     return bool(named)
+
+
+def is_object_left_out(text: str, made: Sequence[Reading]) -> bool:
+    """Return whether a text names a thing that no reading is about: "make the circle green and the square too"."""
+    tokens, readings = tokenize(text), [token for reading in made for token in tokenize(reading.text)]
+    if any(token.get("reference") == "them" for token in readings):
+        return False
+    about = {token.get("shape") or token.get("plural") for token in readings}
+    for index, token in enumerate(tokens):
+        start = index
+        while start and tokens[start - 1].has("colour", "size"):
+            start -= 1
+        before = {other.text for other in tokens[max(0, start - 5) : start]}
+        is_related = any(other.has("relation") for other in tokens[max(0, start - 3) : start])
+        is_definite = token.has("shape") and start and tokens[start - 1].text == "the"
+        is_meant = is_definite and not is_related and not before & (NEGATING_WORDS | RELATING_WORDS)
+        if is_meant and token.get("shape") not in about:
+            return True
+    return False
 
 
 def is_number_left_out(text: str, made: Sequence[Reading]) -> bool:
@@ -128,6 +167,17 @@ def list_named_values(text: str, *, is_wish: bool = True) -> set[str]:
             if name in VALUE_CATEGORIES:
                 values |= SHARED_VALUES.get(value, {value})
     return values
+
+
+def adds_what_is_there(made: Sequence[Reading], said: str, context: Context) -> bool:
+    """Return whether an object like one that is there is added, although the text does not say "add" or "another"."""
+    if any(token.has("add", "put") or token.text in ADDING_WORDS for token in tokenize(said)):
+        return False
+    there = {(obj.shape, obj.colour) for obj in read_current_scene(context).objects if obj.colour}
+    added = [
+        obj for reading in made if names_verb("add", reading.text) for obj in read_scene(tokenize(reading.text)).objects
+    ]
+    return any((obj.shape, obj.colour) in there for obj in added)
 
 
 def is_denied(made: Sequence[Reading], said: str) -> bool:
@@ -166,21 +216,20 @@ def refers_to_result(said: str, text: str, context: Context) -> bool:
     }
 
 
-def is_half_said(text: str, context: Context) -> bool:
+def is_half_said(made: Sequence[Reading], said: str, context: Context) -> bool:
     """Return whether a few words name an object without a colour, where they can also mean a change of a result."""
-    tokens = tokenize(text)
-    objects = [obj for obj in read_scene(tokens).objects if obj.shape]
-    is_request = any(token.has("draw", "medium", "reference") for token in tokens)
+    objects = [obj for reading in made for obj in read_scene(tokenize(reading.text)).objects if obj.shape]
+    is_request = any(token.has("draw", "medium", "reference") for token in tokenize(said))
     return bool(context.medium and objects) and not is_request and not any(obj.colour for obj in objects)
 
 
 def is_half_of_pair(text: str) -> bool:
     """Return whether an object stands next to one that is not named: "next to a blue square", "a blue star beside"."""
     tokens = tokenize(text)
-    scene, places = read_scene(tokens), (*tokens[:1], *tokens[-1:])
-    is_placed = any(token.has("relation") or token.text in NEIGHBOUR_WORDS for token in places)
+    words = [token.text for token in tokens]
+    is_placed = any(word in NEIGHBOUR_WORDS for word in (*words[:1], *words[-1:])) or words[:2] == ["next", "to"]
     is_placed = is_placed or any(token.has("relation") for token in tokens)
-    return is_placed and len(scene.objects) == 1
+    return is_placed and len(read_scene(tokens).objects) == 1
 
 
 def is_bare_name(tokens: Sequence[Token], index: int) -> bool:

@@ -12,7 +12,8 @@ from omnivideo.agent.small_world.change_requests import join_motions
 from omnivideo.agent.small_world.change_splitting import split_bare_changes, split_changes
 from omnivideo.agent.small_world.changed_scenes import describe_changed_scene
 from omnivideo.agent.small_world.conditions import resolve_condition
-from omnivideo.agent.small_world.edits import read_edit
+from omnivideo.agent.small_world.corrections import retarget_change
+from omnivideo.agent.small_world.edits import KEPT, read_edit
 from omnivideo.agent.small_world.lexicon import Token, correct_spelling, load_lexicon, normalize_text, tokenize
 from omnivideo.agent.small_world.observations import is_observation, is_statement
 from omnivideo.agent.small_world.reading import is_in_trained_words, is_scene_request, read_action
@@ -49,6 +50,8 @@ CONNECTING_WORDS = {"and", "but", "that is", "all", "completely", "also", "entir
 
 def read_turn(text: str, context: Context) -> list[Reading]:
     """Return the readings of a turn's actions in order. If one is refused or unclear, nothing else is done."""
+    if context.medium and (retargeted := retarget_change(text, context)):
+        return retargeted
     if command := find_command(text, context.artifacts):
         return [Reading("command", text, command=redo_undone(command, text, context))]
     if talk.is_foreign(text):
@@ -73,6 +76,11 @@ def read_turn(text: str, context: Context) -> list[Reading]:
     if context.medium and len(parts) > 1:
         parts = [change for part in parts for change in split_bare_changes(part, context) or [part]]
         parts = join_motions(parts, context)
+    conflicts = read_edit(tokenize(text)).conflicts if context.medium else []
+    if denied := [conflict for conflict in conflicts if conflict[0] == KEPT]:  # "keep the colour, make it green"
+        return [Reading("ask", text, message=replies.build_contradiction_question(*denied[0]))]
+    if len(parts) > 1 and context.medium:
+        parts = [part for part in parts if not is_only_kept(part)] or parts
     wishes = [part for part in parts if context.medium is None or not is_statement(part)]
     if not wishes:
         return [Reading("ask", text, message=replies.build_unclear_question())]
@@ -320,6 +328,13 @@ def has_shape(text: str) -> bool:
 
 
 # ---------------------------------------------------------------- one action after the other
+
+
+def is_only_kept(part: str) -> bool:
+    """Return whether a part of a turn only says what stays, as in "keep the shape, change the colour to green"."""
+    edit = read_edit(tokenize(part))
+    is_kept = part.startswith(("keep ", "leave ")) and bool(edit.kept or edit.kept_targets)
+    return is_kept and not (edit.changes or edit.unknown)
 
 
 def split_turn(text: str) -> list[str]:
