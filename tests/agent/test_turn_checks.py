@@ -277,6 +277,43 @@ def test_a_clip_becomes_a_picture(text):
     assert artifact.medium == "image" and artifact.sources == (1,)
 
 
+def test_what_would_be_left_of_a_named_result_is_known():
+    assert is_question("delete the last one", RED, BLUE_STAR)
+
+
+# ---------------------------------------------------------------- clear requests in other words
+
+
+@pytest.mark.parametrize(
+    ("text", "objects"),
+    [
+        ("two circles please, one red one green", {("circle", "red"), ("circle", "green")}),
+        ("start fresh with a yellow star on pink", {("star", "yellow")}),
+        ("completely different idea. blue triangle, black background", {("triangle", "blue")}),
+        ("could you do a drawing for me? In it there should be an orange circle", {("circle", "orange")}),
+        ("make one image that has got a green star and a red square", {("star", "green"), ("square", "red")}),
+        ("a picture of a blue circle, don't ask me why", {("circle", "blue")}),
+        ("new picture please, yellow circle, grey.", {("circle", "yellow")}),
+    ],
+)  # fmt: skip
+def test_a_clear_request_is_not_asked_about(text, objects):
+    assert list_objects(say(text)) == [objects] and list_objects(say(text, CLIP)) == [objects]
+
+
+def test_the_last_colour_may_be_that_of_the_background():
+    (artifact,) = say("picture, yellow circle, grey").artifacts
+    assert artifact.facts.background == "grey"
+    assert say("a pink circle").declined
+
+
+@pytest.mark.parametrize(
+    "text", ["great job on the blue star", "wow you're fast", "thanks, that's exactly what I wanted"]
+)
+def test_praise_is_answered(text):
+    outcome = say(text, BLUE_STAR)
+    assert not outcome.artifacts and not outcome.is_question and not outcome.declined
+
+
 # ---------------------------------------------------------------- a list that was written without looking at the rules
 
 

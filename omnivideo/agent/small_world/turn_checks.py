@@ -59,7 +59,12 @@ def find_question(readings: Sequence[Reading], said: str, text: str, context: Co
     if is_new(made[0], context) and len(made) > 1 and context.medium:
         drawn, made = made[0].text, made[1:]
         context = replace(context, describe=lambda: drawn, artifacts=(), number=0)
-    if any(is_new(reading, context) or reading.reference.isdigit() for reading in made):
+    if any(is_new(reading, context) for reading in made):
+        return ""
+    references = {int(reading.reference) for reading in made if reading.reference.isdigit()}
+    if references and len(references) == 1 and made[0].reference.isdigit():
+        context = replace(context, number=references.pop(), is_changed=True)  # the description is of another result
+    elif references:
         return ""
     if adds_what_is_there(made, said, context):
         return replies.build_unclear_question()
@@ -260,7 +265,7 @@ def find_question_about_changes(changes: Sequence[WordedChange], context: Contex
     seen = read_current_scene(context) if not context.artifacts else None
     planned = seen or read_planned_scene(context.artifacts, context.number)
     problem = find_problem_of_changes(changes, planned) if planned and planned.objects else ""
-    if planned and problem and problem != "ambiguous":
+    if planned and problem and problem != "ambiguous" and not context.is_changed:
         planned = seen or read_current_scene(context)
         is_readable = bool(planned.objects) and all(obj.shape for obj in planned.objects)
         problem = find_problem_of_changes(changes, planned) if is_readable else ""

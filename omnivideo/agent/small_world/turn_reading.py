@@ -62,6 +62,8 @@ def read_turn(text: str, context: Context) -> list[Reading]:
         question = replies.OBSERVATION_QUESTION.format(context.describe())
     if question:
         return [Reading("ask", text, message=question)]
+    if context.medium and (praise := talk.find_praise(text, has_result=True)):  # before "great" is dropped
+        return [Reading("do", praise, goal="understand", medium="text", reference="new")]
     said, is_plain = text, context.medium is None and is_plain_sentence(text)
     if not is_plain:
         text = reword(said, context)
