@@ -1,6 +1,5 @@
 """Corrections of what was changed: after "make the circle green", "no, I meant the square" makes the square green."""
 
-import re
 from collections.abc import Sequence
 
 from omnivideo.agent.small_world.changed_scenes import change_scene, read_planned_scene
@@ -12,7 +11,6 @@ from omnivideo.agent.small_world.referring import is_meant, name_object
 from omnivideo.agent.small_world.scenes import ObjectRequest
 from omnivideo.agent.small_world.wordings import load_pattern
 
-WRONG_CHANGE = re.compile(r"(?:\w+ ){0,2}you \w+ the wrong (?:one|object|shape|thing)\b")
 RETARGETED_KINDS = ("recolour", "reshape", "remove", "motion")
 
 
@@ -23,7 +21,8 @@ def retarget_change(text: str, context: Context) -> list[Reading]:
     """
     normalized = normalize_text(text).strip(" .!")
     match = load_pattern("other_target").fullmatch(normalized)
-    is_named = match and (match["object"] or match["object2"] or WRONG_CHANGE.match(normalized))
+    is_wrong_change = "you" in normalized.split() and " the wrong " in normalized  # "you changed the wrong one"
+    is_named = match and (match["object"] or match["object2"] or is_wrong_change)
     if not is_named:  # "no", "that was the wrong one"
         return []
     source = find_source(context) if match else 0
