@@ -20,8 +20,11 @@ MOTION_REQUEST = re.compile(
 )
 STILL_REQUEST = re.compile(
     rf"\b(?:make|turn|convert|change|transform) {SOURCE} (?:in)?to an? (?:[\w-]+ ){{0,2}}{STILL_NOUN}\b"
+    rf"|\bmake (?:it|this|that) (?:just )?an? (?:[\w-]+ )?{STILL_NOUN}(?=$|[.,!?]| (?:please|instead|again|now))"
     rf"|\ban? (?:[\w-]+ ){{0,2}}{STILL_NOUN} (?:of|from|out of)"
     rf" (?:{SOURCE}|(?:its|the|that) (?:first|last|final|middle) (?:frame|moment|second))(?=$|[\s.,!?])"
+    rf"|^\W*(?:(?:and|now|but|please|the|same|it|this|that|again|just|show|give|me|i want)[ ,]+){{0,5}}as an? "
+    rf"(?:single )?{STILL_NOUN}(?: please| instead| now)?\W*$"
     r"|\b(?:give|show|save|get|extract|export|make|take|want)\b.{0,40}\b(?:first|last|final|middle) frame\b",
     re.IGNORECASE,
 )

@@ -241,7 +241,7 @@ def test_it_may_be_another_object_of_the_same_request(text, medium, request_text
 
 
 def test_a_second_object_is_no_duration():
-    assert list_readings("add a second circle", "video") == [("do", "add a second circle")]
+    assert list_readings("add a second circle", "video") == [("do", "add a circle")]
 
 
 def test_one_unclear_action_holds_back_the_whole_turn():

@@ -5,11 +5,17 @@ judged is the reading of words alone.
 """
 
 from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
 from typing import Any
 
 from omnivideo.agent.command_results import execute_command
-from omnivideo.agent.english_rules import QUESTION, is_change_request, is_go_back_request
+from omnivideo.agent.english_rules import (
+    QUESTION,
+    find_by_ordinal,
+    find_description,
+    is_change_request,
+    is_go_back_request,
+    matches_description,
+)
 from omnivideo.agent.media_words import find_requested_medium
 from omnivideo.agent.small_world.changed_scenes import change_scene, read_worded_changes
 from omnivideo.agent.small_world.lexicon import tokenize
@@ -21,6 +27,7 @@ from omnivideo.contracts import Artifact
 from omnivideo.evaluation.phrases.entries import Phrase
 from omnivideo.evaluation.phrases.judge import PhraseOutcome, ProducedArtifact, Verdict, judge_phrase
 from omnivideo.evaluation.phrases.runner import list_capabilities
+from omnivideo.ports import MediaTools
 from omnivideo.presets import TINY
 from omnivideo.synthetic.facts import ObjectDetection, SceneDetection
 from omnivideo.synthetic.scenes import FRAME_SIZE
@@ -44,6 +51,13 @@ class Result:
         return self.scene.to_text().partition(" of ")[2]
 
 
+class PlannedMediaTools(MediaTools):
+    """Names the file that would be written."""
+
+    def convert_artifact(self, artifact: Artifact, suffix: str) -> Artifact:
+        return artifact.model_copy(update={"key": f"{artifact.key}.{suffix}"})
+
+
 @dataclass
 class PlannedConversation:
     """The results of a conversation and the number of the current one, 0 for none."""
@@ -56,7 +70,7 @@ class PlannedConversation:
         """Carry out a message, and return what the assistant would have done with it."""
         earlier = len(self.results)
         readings = read_turn(text, self.build_context())
-        reply, commands, is_declined = [], [], False
+        reply, commands, is_declined, is_unclear = [], [], False, False
         for reading in readings:
             if reading.command is not None:
                 message, is_refused = self.execute(reading.command)
@@ -66,12 +80,15 @@ class PlannedConversation:
             elif reading.kind in ("ask", "decline", "say", "fact"):
                 reply.append(reading.message or ANSWER)
                 is_declined |= reading.kind == "decline"
-            elif not self.carry_out(reading):
+            elif (number := self.find_named_result(reading)) is None:
+                is_unclear = True
+                reply.append("Which one do you mean?")
+            elif not self.carry_out(reading, number):
                 reply.append(ANSWER)
         self.last_request = text
         return PhraseOutcome(
             reply="\n".join(reply),
-            is_question=any(reading.kind == "ask" for reading in readings),
+            is_question=is_unclear or any(reading.kind == "ask" for reading in readings),
             declined=is_declined,
             commands=tuple(commands),
             artifacts=tuple(self.build_produced(number) for number in range(earlier + 1, len(self.results) + 1)),
@@ -90,10 +107,33 @@ class PlannedConversation:
             lambda: result.describe() if result else "",
         )
 
-    def carry_out(self, reading: Reading) -> bool:
-        """Add the result of a reading, and return whether it has one."""
-        current = self.current
-        if reading.goal == "understand" or is_go_back_request(reading.text):
+    def find_named_result(self, reading: Reading) -> int | None:
+        """Return the number of the result that a reading refers to, 0 for none; None if there is no such result."""
+        if reading.reference.isdigit():
+            return int(reading.reference)
+        if reading.goal or reading.reference or not self.results:
+            return self.current
+        artifacts = [make_artifact(number, result) for number, result in enumerate(self.results, start=1)]
+        if named := find_by_ordinal(reading.text, artifacts):
+            return artifacts.index(named.artifact) + 1 if named.artifact else None
+        if (described := find_description(reading.text)) is None:
+            return self.current
+        words, medium = described
+        return next(
+            (
+                number
+                for number, result in reversed(list(enumerate(self.results, start=1)))
+                if medium in (None, result.medium) and matches_description(words, result.describe())
+            ),
+            None,
+        )
+
+    def carry_out(self, reading: Reading, current: int) -> bool:
+        """Add the result of a reading of a result, and return whether it has one."""
+        if is_go_back_request(reading.text):
+            self.current = current
+            return False
+        if reading.goal == "understand":
             return False
         is_asked = not reading.goal and bool(QUESTION.search(reading.text))
         medium = current and find_requested_medium(reading.text, self.results[current - 1].medium)
@@ -105,10 +145,9 @@ class PlannedConversation:
         elif medium and not reading.goal:
             self.add(replace(self.results[current - 1], medium=medium, sources=(current,)))
         elif is_edit:
-            number = int(reading.reference) if reading.reference.isdigit() else current
-            source = self.results[number - 1]
+            source = self.results[current - 1]
             changes = read_worded_changes(reading.text, source.medium)
-            self.add(Result(change_scene(source.scene, changes), source.medium, (number,)))
+            self.add(Result(change_scene(source.scene, changes), source.medium, (current,)))
         else:
             scene = read_scene(tokenize(reading.text))
             self.add(Result(scene, reading.medium or ("video" if scene.is_video else "image")))
@@ -134,8 +173,7 @@ class PlannedConversation:
             for _ in range(count):
                 self.add(replace(source))
             return "", False
-        tools: Any = SimpleNamespace(convert_artifact=lambda artifact, suffix: artifact)  # nothing is stored
-        outcome = execute_command(state, command, build_help(), tools, MAX_RESULTS)
+        outcome = execute_command(state, command, build_help(), PlannedMediaTools(), MAX_RESULTS)
         if "current_key" in outcome.updates:
             self.current = int(outcome.updates["current_key"] or 0)
         return outcome.message, outcome.is_refused

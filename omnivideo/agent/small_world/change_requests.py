@@ -36,9 +36,12 @@ def read_changes(
     text: str, normalized: str, changes: Sequence[WordedChange], reference: str, context: Context
 ) -> list[Reading]:
     """Return a reading for each change; one refusal or question if any of them cannot be made."""
+    named = list(changes)
     if not reference:
-        changes = [name_target_of_it(change, normalized, context) for change in changes]
+        named = [name_target_of_it(change, normalized, context) for change in changes]
+    is_as_said, changes = named == list(changes), named
     expanded = [new for change in changes for new in expand_change(change, context)]
+    expanded = order_by_visibility(expanded, context)
     for change in expanded:
         if problem := find_change_problem(change, context):
             kind: ReadingKind = "ask" if change.kind == "count" else "decline"
@@ -53,7 +56,8 @@ def read_changes(
     if reference == "described" or is_second_motion:
         return [Reading("do", text)]
     if (
-        expanded == list(changes)
+        is_as_said
+        and expanded == changes
         and len(expanded) == 1
         and not reference
         and english_rules.is_plain_wording(text, normalized, load_pattern("edit_form"))
@@ -65,6 +69,24 @@ def read_changes(
         Reading("do", change.text, goal="edit", medium=medium or "", reference=place)
         for change, place in zip(expanded, list_places(reference, len(expanded)), strict=True)
     ]
+
+
+def order_by_visibility(changes: list[WordedChange], context: Context) -> list[WordedChange]:
+    """Return changes in an order in which no object ever has the colour of the background, if there is one."""
+    if {change.kind for change in changes} != {"background", "recolour"} or context.is_changed:
+        return changes
+    grounds_last = sorted(changes, key=lambda change: change.kind == "background")
+    grounds_first = sorted(changes, key=lambda change: change.kind != "background")
+    orders = (changes, grounds_last, grounds_first)
+    return next((order for order in orders if stays_visible(read_known_scene(context), order)), changes)
+
+
+def stays_visible(scene: DescribedScene, changes: Sequence[WordedChange]) -> bool:
+    for change in changes:
+        scene = change_scene(scene, [change])
+        if any(obj.colour == scene.background for obj in scene.objects):
+            return False
+    return True
 
 
 def list_places(reference: str, count: int) -> list[str]:
@@ -152,6 +174,9 @@ def expand_change(change: WordedChange, context: Context) -> list[WordedChange]:
         renamed = change.target if change.target == "it" else f"the {obj.shape}"
         parts += [WordedChange("recolour", f"make {renamed} {obj.colour}", renamed)] if obj.colour else []
         parts += [WordedChange("resize", f"make {renamed} {obj.size}", renamed)] if obj.size else []
+        if obj.motion and not obj.second_motion:
+            motion = f"make {renamed} {IMPERATIVE_MOTIONS[obj.motion]}"
+            parts.append(WordedChange("motion", motion, renamed))
         return [new for part in parts for new in expand_change(part, context)]
     if change.target == "them" and change.kind in ("recolour", "reshape", "resize", "motion", "speed"):
         names = list_object_names(context)

@@ -27,6 +27,8 @@ def split_changes(text: str, context: Context) -> list[str]:
         return [match["lead"] + match["first"], f"{match['lead']}{match['second']}{noun}{match['rest']}"]
     if context.number > 1 and (match := load_pattern("restored").fullmatch(normalized)):
         return ["undo", match["rest"]]
+    if match := load_pattern("undone_first").fullmatch(normalized):
+        return ["undo", f"make it {match['value']}"]
     if match := load_pattern("exchanged_colour").fullmatch(normalized):
         return exchange_colours(match[1], match[2], context)
     if match := load_pattern("kept_object").fullmatch(normalized):

@@ -16,6 +16,7 @@ from omnivideo.agent.small_world.scenes import (
     read_scene,
 )
 
+KEPT = "as it is"  # what a value is kept as that is not named
 COPULAS = ("should be", "become", "becomes", "turned", "made", "changed", "painted")
 GROUND_ENDS = ("shape", "plural", "ground", "reference", "add", "remove", "make", "put")
 EDIT_VERBS = ("add", "remove", "replace", "swap")
@@ -30,6 +31,12 @@ ATTRIBUTES = {
     "colours": "colour", "colour": "colour",
     "shapes": "shape", "sizes": "size",
 }  # fmt: skip
+# What follows a number of objects that are not named again: "make that two, please", but not "give it four corners".
+COUNT_ENDS = (
+    "", ",", ".", ";", ":", "!", "of", "please", "now", "then", "instead", "and", "but", "in", "on", "more", "not",
+    "it", "them", "total", "altogether", "only", "rather", "again", "too", "also", "with", "there", "here", "or",
+    "if", "for",
+)  # fmt: skip
 TARGET_MODIFIERS = ("colour", "size", "number", "region")
 
 
@@ -115,7 +122,7 @@ class EditReader:
             return 1
         attribute = ATTRIBUTES.get(token.text.removeprefix("the "))
         if attribute and self.is_kept:  # "keep the colour"
-            self.result.kept[attribute] = "as it is"
+            self.result.kept[attribute] = KEPT
             return 1
         if attribute and self.clause.verb in ("swap", "replace"):
             self.clause.verb, self.attribute = "swap", attribute
@@ -154,7 +161,7 @@ class EditReader:
         if token.has("ground") and not self.is_kept:
             return self.read_ground()
         if token.has("ground"):
-            self.result.kept["background"] = "as it is"
+            self.result.kept["background"] = KEPT
             return 1
         if token.has("reference", "rest") and not self.is_relative() and not self.is_before_shape():
             self.set_target("them" if token.get("reference") == "them" else "it")
@@ -241,7 +248,8 @@ class EditReader:
             return self.set_value("region", region)
         if medium := token.get("medium"):
             return self.set_value("medium", medium)
-        if token.has("number") and not token.has("thing") and not self.is_interjection():
+        is_number = token.has("number") and not token.has("thing") and not self.is_interjection()
+        if is_number and self.text_at(1) in COUNT_ENDS:
             return self.set_value("count", token.get("number") or "")
         return 0
 
@@ -273,7 +281,8 @@ class EditReader:
         """Read "the background" with a colour after it."""
         for index in range(self.position + 1, min(self.position + 6, len(self.tokens))):
             is_copula = self.tokens[index].text in COPULAS  # "the background should be white"
-            if not is_copula and self.tokens[index].has(*GROUND_ENDS):
+            is_owner = self.text_at(index - self.position - 1) == "of"  # "the background of it"
+            if not is_copula and not is_owner and self.tokens[index].has(*GROUND_ENDS):
                 break
             if colour := self.tokens[index].get("colour"):
                 self.set_value("background", colour)

@@ -127,8 +127,16 @@ def is_in_trained_words(text: str, normalized: str, tokens: Sequence[Token], con
     words = re.findall(r"[a-z0-9'-]+", text.lower())
     lexicon = load_lexicon()
     known = lexicon.described | english_rules.load_plain_words()
-    if load_pattern("untrained").search(normalized):
+    if load_pattern("untrained").search(normalized) or (
+        context.medium and load_pattern("untrained_change").search(normalized)
+    ):
         return False
+    if (
+        context.medium
+        and any(token.has("ground") for token in tokens)
+        and not any(token.has("colour") for token in tokens)
+    ):
+        return False  # "a background like the square": which one is not known
     has_subject = any(token.has("shape", "plural", "thing", "reference") for token in tokens)
     return has_subject and len(words) > 3 and known.issuperset(words)
 

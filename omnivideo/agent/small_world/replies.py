@@ -34,6 +34,7 @@ STILL_LENGTH_QUESTION = "A picture has no length. Should I animate it, or what e
 TWO_CLIPS_QUESTION = "That takes two clips, and I see fewer. What should I make?"
 TWO_PICTURES_QUESTION = "That takes two pictures, and I see fewer. What should I make?"
 NOTHING_QUESTION = "There is nothing to look at yet. What should I create?"
+OBSERVATION_QUESTION = "I see {}. What should I change?"
 COUNT_QUESTION = "How many should there be? I can show up to four."
 DIRECTION_QUESTION = "Which way should it move: left, right, up or down?"
 SCENE_QUESTIONS = {

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
-from omnivideo.agent.small_world.lexicon import Token
+from omnivideo.agent.small_world.lexicon import Token, load_lexicon
 
 NUMBER_WORDS = ("no", "one", "two", "three", "four")
 TURN_WORDS = ("then", "before", "afterwards", "after", "next")
@@ -131,7 +131,7 @@ class SceneReader:
             self.scene.leftovers.append("negation")
         if token.has("ground"):
             return self.read_ground()
-        if token.has("colour") and self.is_background_colour():
+        if token.has("colour") and (self.is_background_colour() or self.is_last_colour(token)):
             self.set_background(token.get("colour") or "")
             return 2 if following and following.has("ground") else 1
         if token.has("shape", "plural"):
@@ -314,6 +314,15 @@ class SceneReader:
         while before and before[-1] in GROUND_FILLERS:
             before.pop()
         return bool(before) and (before[-1] in GROUND_PREPOSITIONS or before[-1] in ("backdrop", "background"))
+
+    def is_last_colour(self, token: Token) -> bool:
+        """Return whether the colour at the end is one that only backgrounds have: "a yellow circle, grey"."""
+        facts, last = load_lexicon().facts, self.find_last()
+        is_ground = token.get("colour") in facts.backgrounds and token.get("colour") not in facts.object_colours
+        is_apart = self.position > 0 and self.tokens[self.position - 1].text == ","
+        following = self.peek(1)
+        is_last = following is None or following.text in (".", "!", "please")
+        return is_ground and is_apart and is_last and last is not None and last.colour is not None
 
     # ------------------------------------------------------------ setting values
 

@@ -7,17 +7,20 @@ from dataclasses import replace
 from omnivideo.agent import english_rules
 from omnivideo.agent.commands import find_command
 from omnivideo.agent.small_world import replies, talk
+from omnivideo.agent.small_world.additions import find_other_number, name_addition, name_one_more
 from omnivideo.agent.small_world.change_requests import join_motions
 from omnivideo.agent.small_world.change_splitting import split_bare_changes, split_changes
 from omnivideo.agent.small_world.changed_scenes import describe_changed_scene
 from omnivideo.agent.small_world.conditions import resolve_condition
-from omnivideo.agent.small_world.edits import read_edit
+from omnivideo.agent.small_world.corrections import retarget_change
+from omnivideo.agent.small_world.edits import KEPT, read_edit
 from omnivideo.agent.small_world.lexicon import Token, correct_spelling, load_lexicon, normalize_text, tokenize
+from omnivideo.agent.small_world.observations import is_observation, is_statement
 from omnivideo.agent.small_world.reading import is_in_trained_words, is_scene_request, read_action
 from omnivideo.agent.small_world.readings import Context, Reading
 from omnivideo.agent.small_world.referring import name_referents, read_current_scene
 from omnivideo.agent.small_world.retractions import take_back_words
-from omnivideo.agent.small_world.scenes import NUMBER_WORDS, ObjectRequest, read_scene
+from omnivideo.agent.small_world.scenes import ObjectRequest, read_scene
 from omnivideo.agent.small_world.specifications import reword_specification
 from omnivideo.agent.small_world.turn_checks import find_question
 from omnivideo.agent.small_world.wordings import load_pattern, load_rewritings
@@ -28,7 +31,6 @@ ABOUT_RESULT = ("addition", "comparison", "one_more")  # what is said of a resul
 REPEATABLE_KINDS = ("recolour", "background", "reshape", "motion")  # changes of which a turn makes only one of a thing
 REDO = re.compile(r"\bre-?do\b|\bre-?apply\b")
 MARK = re.compile(r"[,.;:!?=\n]")
-ADDITION = re.compile(r"^(?:and|with|plus|also) (?:an?|another|two|three) ")
 ATTRIBUTES = ("colour", "size", "motion", "go", "direction", "speed", "region", "ground")
 CONTENT = (
     *ATTRIBUTES, "shape", "plural", "resize", "longer", "task", "reference", "rest", "make", "draw", "add", "remove",
@@ -48,13 +50,20 @@ CONNECTING_WORDS = {"and", "but", "that is", "all", "completely", "also", "entir
 
 def read_turn(text: str, context: Context) -> list[Reading]:
     """Return the readings of a turn's actions in order. If one is refused or unclear, nothing else is done."""
+    if context.medium and (retargeted := retarget_change(text, context)):
+        return retargeted
     if command := find_command(text, context.artifacts):
         return [Reading("command", text, command=redo_undone(command, text, context))]
     if talk.is_foreign(text):
         return [Reading("decline", text, message=replies.ONLY_ENGLISH)]
     text, question = resolve_condition(text, context) if context.medium else (text, "")
+    is_opinion = load_pattern("opinion").fullmatch(normalize_text(text)) is not None
+    if not question and context.medium and (is_opinion or is_observation(text)):
+        question = replies.OBSERVATION_QUESTION.format(context.describe())
     if question:
         return [Reading("ask", text, message=question)]
+    if context.medium and (praise := talk.find_praise(text, has_result=True)):  # before "great" is dropped
+        return [Reading("do", praise, goal="understand", medium="text", reference="new")]
     said, is_plain = text, context.medium is None and is_plain_sentence(text)
     if not is_plain:
         text = reword(said, context)
@@ -64,22 +73,28 @@ def read_turn(text: str, context: Context) -> list[Reading]:
         parts = [text]
     elif len(parts) == 1 and context.medium and (number := find_other_number(text, context)):
         parts = [f"make that {number}"]
-    elif len(parts) == 1 and context.medium and ADDITION.match(normalize_text(text)):
-        parts = [f"add {parts[0].removeprefix('with ')}"]
+    elif len(parts) == 1 and context.medium and (addition := name_addition(text)):
+        parts = [addition]
     if context.medium and len(parts) > 1:
         parts = [change for part in parts for change in split_bare_changes(part, context) or [part]]
         parts = join_motions(parts, context)
+    conflicts = read_edit(tokenize(text)).conflicts if context.medium else []
+    if denied := [conflict for conflict in conflicts if conflict[0] == KEPT]:  # "keep the colour, make it green"
+        return [Reading("ask", text, message=replies.build_contradiction_question(*denied[0]))]
+    if len(parts) > 1 and context.medium:
+        parts = [part for part in parts if not is_only_kept(part)] or parts
     wishes = [part for part in parts if context.medium is None or not is_statement(part)]
     if not wishes:
         return [Reading("ask", text, message=replies.build_unclear_question())]
     for part in wishes:
         earlier_removed = tuple(removed)
-        for reading in read_action(name_one_more(part, context), context):
+        for reading in read_action(name_one_more(part, context) if context.medium else part, context):
             if reading.kind in ("ask", "decline"):
                 return [replace(reading, text=text)]
             if again := [name for name in reading.targets if name in earlier_removed]:
                 return [Reading("ask", text, message=replies.build_contradiction_question("removed", again[0]))]
-            if removed and reading.targets == ("it",) and is_only_object(removed[-1], at_start):
+            names_it = any(token.text in ("it", "that", "this") for token in tokenize(part))  # not "what is left"
+            if removed and names_it and reading.targets == ("it",):
                 return [Reading("ask", text, message=replies.build_contradiction_question("removed", removed[-1]))]
             removed += [name for name in reading.removed if name not in removed]
             if reading.text.startswith("remove it"):
@@ -89,14 +104,6 @@ def read_turn(text: str, context: Context) -> list[Reading]:
     if not is_plain and (question := find_question(readings, said, " ; ".join(wishes), at_start)):
         return [Reading("ask", text, message=question)]
     return resolve_repeated_changes(readings, text)
-
-
-def find_other_number(text: str, context: Context) -> str:
-    """Return "two" for "with two squares" if there are squares only, since that is no addition; "" for other texts."""
-    match = load_pattern("with_number").fullmatch(normalize_text(text).strip(" .!?"))
-    objects = read_current_scene(context).objects if match else []
-    shapes = {token.get("plural") for token in tokenize(match["noun"])} if match else set()
-    return match["number"] if match and len(objects) == 1 and objects[0].shape in shapes else ""
 
 
 def is_plain_sentence(text: str) -> bool:
@@ -173,22 +180,6 @@ def reword_by_context(text: str, context: Context) -> str:
     return text if normalized == normalize_text(text) else normalized
 
 
-def name_one_more(text: str, context: Context) -> str:
-    """Return "add a red star" for "a red one as well", if there are only stars."""
-    normalized = normalize_text(text)
-    match, is_less = load_pattern("one_more").fullmatch(normalized), load_pattern("one_less").fullmatch(normalized)
-    if context.medium is None or not (match or is_less):
-        return text
-    objects = read_current_scene(context).objects
-    if len(objects) != 1:
-        return text
-    count = (objects[0].count or 1) - 1
-    if match is None:
-        return f"make that {NUMBER_WORDS[count]}" if count else text
-    is_added = match["more"] or "another" in match["object"] or re.search(r"and|also|plus|add|put|with", match["lead"])
-    return f"{'add' if is_added else 'draw'} {match['object']}{objects[0].shape}"
-
-
 def replace_wordings(text: str, name: str) -> str:
     for pattern, replacement in load_rewritings(name):
         text = pattern.sub(replacement, text)
@@ -207,21 +198,6 @@ def replace_comparison(text: str, context: Context) -> str:
         matches = [ObjectRequest(colour=scene.background)]
     value = getattr(matches[0], match["attribute"]) if len(matches) == 1 else None
     return f"{text[: match.start()]}{value}{text[match.end() :]}" if value else text
-
-
-def is_statement(text: str) -> bool:
-    """Return whether a text says what there is, such as "so it is a red circle", and asks for nothing."""
-    normalized = re.sub(r"(?<![ ,])[ ,]++(?:but|and|so)$", "", normalize_text(text).strip(" .!"))
-    if load_pattern("correction").match(normalized) or talk.find_praise(text, has_result=True):
-        return False
-    if talk.find_praise(normalized, has_result=True):
-        return True  # "it is a nice star but"
-    return load_pattern("statement").fullmatch(normalized) is not None
-
-
-def is_only_object(name: str, context: Context) -> bool:
-    """Return whether the current result shows one object, so that "it" can only be the one that was removed."""
-    return name not in ("it", "them") and read_scene(tokenize(context.describe())).count == 1
 
 
 def update_context(context: Context, reading: Reading) -> Context:
@@ -354,6 +330,13 @@ def has_shape(text: str) -> bool:
 
 
 # ---------------------------------------------------------------- one action after the other
+
+
+def is_only_kept(part: str) -> bool:
+    """Return whether a part of a turn only says what stays, as in "keep the shape, change the colour to green"."""
+    edit = read_edit(tokenize(part))
+    is_kept = part.startswith(("keep ", "leave ")) and bool(edit.kept or edit.kept_targets)
+    return is_kept and not (edit.changes or edit.unknown)
 
 
 def split_turn(text: str) -> list[str]:
