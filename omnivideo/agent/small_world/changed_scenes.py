@@ -1,7 +1,7 @@
 """What a scene shows after changes in the MLLM's words, for what is said of it before the changes are drawn."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,10 +9,10 @@ from omnivideo.agent.small_world.changes import IMPERATIVE_MOTIONS, WordedChange
 from omnivideo.agent.small_world.edits import read_edit
 from omnivideo.agent.small_world.lexicon import tokenize
 from omnivideo.agent.small_world.readings import Context
-from omnivideo.agent.small_world.scenes import DescribedScene, ObjectRequest, read_scene
+from omnivideo.agent.small_world.scenes import REGION_PHRASES, DescribedScene, ObjectRequest, read_scene
 from omnivideo.contracts import Artifact
 
-KNOWN_CHANGES = ("background", "add", "remove", "reshape", "recolour", "motion")
+SPEEDS = ("slow", "normal", "fast")
 MAX_CHANGES = 50  # of one result after the other
 
 
@@ -31,7 +31,7 @@ def read_worded_changes(text: str, medium: str) -> Sequence[WordedChange]:
 
 
 def change_scene(scene: DescribedScene, changes: Sequence[WordedChange]) -> DescribedScene:
-    """Return the scene after the changes."""
+    """Return the scene after the changes; one whose effect is not known leaves it as it is."""
     for change in changes:
         new = read_scene(tokenize(change.text))
         if change.kind == "background":
@@ -40,20 +40,79 @@ def change_scene(scene: DescribedScene, changes: Sequence[WordedChange]) -> Desc
             scene = replace(scene, objects=[*scene.objects, *new.objects])
         elif change.kind == "remove":
             scene = replace(scene, objects=[obj for obj in scene.objects if not is_target(obj, change.target)])
-        elif change.kind == "reshape":
-            shape = new.objects[-1].shape
-            scene = change_objects(scene, change.target, shape=shape)
-        elif change.kind == "recolour":
-            scene = change_objects(scene, change.target, colour=change.value)
-        elif change.kind == "motion":
-            words = change.text.removeprefix(f"make {change.target} ")
-            motion = next(motion for motion, imperative in IMPERATIVE_MOTIONS.items() if imperative == words)
-            scene = change_objects(scene, change.target, motion=motion, second_motion=None)
+        elif change.kind == "swap":
+            scene = swap_values(scene, change)
+        elif change.kind in VALUE_READERS:
+            read_values = VALUE_READERS[change.kind]
+            objects = [
+                replace(obj, **read_values(change, obj)) if is_target(obj, change.target) else obj
+                for obj in scene.objects
+            ]
+            scene = replace(scene, objects=objects)
     return scene
 
 
-def change_objects(scene: DescribedScene, target: str, **values: Any) -> DescribedScene:
-    return replace(scene, objects=[replace(obj, **values) if is_target(obj, target) else obj for obj in scene.objects])
+# ---------------------------------------------------------------- the values of a changed object
+
+
+def read_shape(change: WordedChange, obj: ObjectRequest) -> dict[str, Any]:
+    return {"shape": read_scene(tokenize(change.text)).objects[-1].shape}
+
+
+def read_replacement(change: WordedChange, obj: ObjectRequest) -> dict[str, Any]:
+    """Return what the new object has of its own; it moves as the one in whose place it is."""
+    (new, *_) = read_scene(tokenize(change.text.partition(" with ")[2])).objects or [ObjectRequest()]
+    return {"shape": new.shape, "colour": new.colour or obj.colour, "size": new.size or obj.size}
+
+
+def read_motion(change: WordedChange, obj: ObjectRequest) -> dict[str, Any]:
+    words = change.text.removeprefix(f"make {change.target} ").split(" then ")
+    motions = [next(name for name, imperative in IMPERATIVE_MOTIONS.items() if imperative == word) for word in words]
+    return {"motion": motions[0], "second_motion": motions[1] if len(motions) > 1 else None}
+
+
+def read_speed(change: WordedChange, obj: ObjectRequest) -> dict[str, Any]:
+    index = SPEEDS.index(obj.speed or "normal") + (1 if change.value == "faster" else -1)
+    return {"speed": SPEEDS[max(0, min(index, len(SPEEDS) - 1))]}
+
+
+def read_region(change: WordedChange, obj: ObjectRequest) -> dict[str, Any]:
+    words = change.text.removeprefix(f"put {change.target} ")
+    return {"region": next((name for name, phrase in REGION_PHRASES.items() if phrase == words), words[7:])}
+
+
+VALUE_READERS: dict[str, Callable[[WordedChange, ObjectRequest], dict[str, Any]]] = {
+    "reshape": read_shape,
+    "replace": read_replacement,
+    "recolour": lambda change, obj: {"colour": change.value},
+    "resize": lambda change, obj: {"size": "large" if change.value == "bigger" else "small"},
+    "motion": read_motion,
+    "path": read_motion,
+    "speed": read_speed,
+    "place": read_region,
+}
+
+
+def is_known(change: WordedChange) -> bool:
+    return change.kind in ("background", "add", "remove", "swap", *VALUE_READERS)
+
+
+def swap_values(scene: DescribedScene, change: WordedChange) -> DescribedScene:
+    """Return the scene after two of its objects have exchanged their colours, shapes or places."""
+    names = change.text.partition(" of ")[2].split(" and ")
+    indices = [
+        index
+        for index, obj in enumerate(scene.objects)
+        if len(names) == 1 or any(is_target(obj, name) for name in names)
+    ]
+    if len(indices) != 2:
+        return scene
+    field = next((name for name in ("colour", "shape") if f"{name}s" in change.text), "region")
+    one, two = (scene.objects[index] for index in indices)
+    objects = list(scene.objects)
+    objects[indices[0]] = replace(one, **{field: getattr(two, field)})
+    objects[indices[1]] = replace(two, **{field: getattr(one, field)})
+    return replace(scene, objects=objects)
 
 
 def is_target(obj: ObjectRequest, target: str) -> bool:
@@ -95,7 +154,7 @@ def read_planned_scene(artifacts: Sequence[Artifact], number: int) -> DescribedS
         changes = read_worded_changes(text, medium)
         if restated.background and restated.objects and all(obj.shape and obj.colour for obj in restated.objects):
             scene = restated  # think mode states the whole result
-        elif changes and all(change.kind in KNOWN_CHANGES for change in changes):
+        elif changes and all(is_known(change) for change in changes):
             scene = change_scene(scene, changes)
         else:
             return None
