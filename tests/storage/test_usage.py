@@ -139,6 +139,7 @@ def test_parallel_submits_stay_within_the_number_of_open_jobs(empty_database: En
             submit(repositories[number % 4], f"job.{number}", "ann")
         except LimitReached:
             return False
+        return True
 
     with ThreadPoolExecutor(8) as pool:
         assert sum(pool.map(submit_one, range(60))) == 5
