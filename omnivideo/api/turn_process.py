@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Sequence
 
 from omnivideo.api.turn_runner import STOP_TIMEOUT_SECONDS, TurnRunner
@@ -20,7 +19,7 @@ from omnivideo.errors import StoreError
 
 log = logging.getLogger("omnivideo.api")
 RESTART_SECONDS = (0.5, 30.0)  # the first and the longest pause before the process is started again
-STABLE_SECONDS = 60.0  # after which the next pause is the first one again
+STABLE_SECONDS = 20.0  # after which a process has started, and the next pause is the first one again
 MAX_FAILED_STARTS = 3  # in a row, until the service is not ready
 
 
@@ -61,17 +60,19 @@ class TurnProcess:
     def supervise(self) -> None:
         pause_seconds = RESTART_SECONDS[0]
         while not self.stop_event.is_set():
-            started_at = time.monotonic()
             with self.lock:
                 if self.stop_event.is_set():
                     return
                 self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE)
-            status = self.process.wait()
+            try:
+                status, is_stable = self.process.wait(STABLE_SECONDS), False
+            except subprocess.TimeoutExpired:
+                self.failed_starts = 0  # it has started, so the service is ready again
+                status, is_stable = self.process.wait(), True
             if self.process.stdin is not None:
                 self.process.stdin.close()
             if self.stop_event.is_set():
                 return
-            is_stable = time.monotonic() - started_at > STABLE_SECONDS
             # One that was killed did start: a turn may have taken all memory, for example.
             self.failed_starts = 0 if is_stable or status < 0 else self.failed_starts + 1
             pause_seconds = RESTART_SECONDS[0] if is_stable else pause_seconds

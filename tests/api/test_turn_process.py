@@ -65,6 +65,17 @@ def test_a_process_that_does_not_start_is_reported(run_script):
         process.check_running()
 
 
+def test_a_process_that_starts_after_all_makes_the_service_ready(run_script, monkeypatch, tmp_path):
+    """Its database was down for a while, for example."""
+    monkeypatch.setattr(turn_process, "STABLE_SECONDS", 0.5)
+    file = tmp_path / "can-start"
+    process = run_script(f"import pathlib, sys; pathlib.Path({str(file)!r}).exists() or sys.exit(1); sys.stdin.read()")
+    wait_until(lambda: process.failed_starts >= turn_process.MAX_FAILED_STARTS)
+    file.touch()
+    wait_until(lambda: process.failed_starts == 0)
+    process.check_running()
+
+
 @pytest.mark.parametrize("script", ["import sys; sys.stdin.read()", "import time; time.sleep(60)"])
 def test_a_stop_ends_the_process_for_good(run_script, monkeypatch, script):
     monkeypatch.setattr(turn_process, "STOP_TIMEOUT_SECONDS", 0.5)

@@ -133,7 +133,8 @@ class TurnRepository(Repository):
         use = update(threads).where(threads.c.id == thread_id).values(used_at=unix_now())
         notification = self.notifier.build_notification(literal(NEW_TURN, String))
         rows = self.fetch_and_follow(insertion.on_conflict_do_nothing().returning(turns, notification), lambda _: use)
-        self.notifier.publish(Change(topic=NEW_TURN))
+        if rows and error is None:  # otherwise there is nothing to claim
+            self.notifier.publish(Change(topic=NEW_TURN))
         return record_from_row(TurnRecord, rows[0]) if rows else None
 
     def follow_new_turns(self, deliver: Callable[[], None]) -> AbstractContextManager[None]:
