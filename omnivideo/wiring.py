@@ -6,12 +6,13 @@ Only embedded parts load torch.
 
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
 
 from omnivideo.agent.conversations import LOCAL_OWNER, Conversations, OpenQueue
-from omnivideo.contracts import Artifact, Lane
+from omnivideo.contracts import Artifact, Change, Lane
 from omnivideo.errors import InvalidInput
 from omnivideo.media.artifacts import StoreMediaTools, store_user_file
 from omnivideo.ports import MLLM, JobQueue, ObjectStore, SweepableObjectStore, TextLimits
@@ -32,11 +33,11 @@ if TYPE_CHECKING:
     from omnivideo.backends.decoder.renderer import Renderer
     from omnivideo.backends.decoder.worker import Worker
     from omnivideo.backends.mllm.remote import RemoteMLLM
-    from omnivideo.models.omni import OmniVideoModel
     from omnivideo.storage.database.batches import BatchRepository
     from omnivideo.storage.database.files import FileRepository
     from omnivideo.storage.database.idempotency import IdempotencyRepository
     from omnivideo.storage.database.jobs import JobRepository
+    from omnivideo.storage.database.notifications import ChangeNotifier
     from omnivideo.storage.database.turns import TurnRepository
     from omnivideo.storage.database.usage import UsageRepository
     from omnivideo.storage.database.webhooks import WebhookRepository
@@ -45,31 +46,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("omnivideo.wiring")
 SWEEP_SECONDS = 3600.0  # between two sweeps of an embedded service
-
-
-def build_local_conversations(
-    omni: "OmniVideoModel", weights_digest: str, settings: ServiceSettings, text_limits: TextLimits
-) -> Conversations:
-    """Build the Studio's conversations: clips are rendered in this process while they are followed."""
-    from omnivideo.backends.decoder.renderer import Renderer
-    from omnivideo.backends.queue.local import LocalQueue
-
-    store = LocalObjectStore(settings.home / "store")
-    # A job of this queue never leaves the process, so neither do its visual tokens.
-    renderer = Renderer(omni, store, weights_digest, persist_tokens=False)
-    queue = LocalQueue(renderer)
-    return Conversations(
-        mllm=connect_mllm(settings, store) or renderer.mllm,
-        queue_for=lambda owner, lane="interactive": queue,
-        store=store,
-        checkpointer=open_checkpointer(settings),
-        attach_file=partial(store_user_file, store),
-        preset=omni.preset,
-        open_media_tools=lambda owner: StoreMediaTools(store),
-        max_generations=settings.max_generations_per_turn,
-        text_limits=text_limits,
-        replay_manifest=renderer.replay_manifest,
-    )
 
 
 def connect_mllm(settings: ServiceSettings, store: ObjectStore) -> "RemoteMLLM | None":
@@ -84,9 +60,10 @@ def connect_mllm(settings: ServiceSettings, store: ObjectStore) -> "RemoteMLLM |
 class ServiceWiring:
     """The parts of the service. Each is built when it is first used."""
 
-    def __init__(self, settings: ServiceSettings, device: str = "auto"):
+    def __init__(self, settings: ServiceSettings, device: str = "auto", has_worker: bool = True):
         self.settings = settings
         self.device = device
+        self.has_worker = has_worker  # if there is no broker; otherwise the service's other process has it
         self.close_callbacks: list[Callable[[], None]] = []
 
     @cached_property
@@ -131,6 +108,12 @@ class ServiceWiring:
         if not settings.database:
             create_home_folder(settings.home)
         return create_database_engine(settings.database or f"sqlite:///{settings.home / 'service.sqlite'}")
+
+    @property
+    def notifier(self) -> "ChangeNotifier":
+        from omnivideo.storage.database.notifications import get_notifier
+
+        return get_notifier(self.engine)
 
     def migrate_database(self) -> None:
         """Create all tables of the database and of the conversations, or bring them up to date."""
@@ -257,7 +240,10 @@ class ServiceWiring:
     def notify_workers(self) -> Callable[[], None]:
         """Notify the workers that there is work. Without a broker, a worker is started in this process."""
         from omnivideo.backends.queue.reaper import Reaper
+        from omnivideo.storage.database.notifications import NEW_JOB
 
+        if not self.settings.broker and not self.has_worker:
+            return partial(self.notifier.publish, Change(topic=NEW_JOB))
         if self.settings.broker:
             from omnivideo.backends.queue.celery import BackgroundNotifier, create_celery_app
 
@@ -267,8 +253,9 @@ class ServiceWiring:
             from omnivideo.backends.decoder.worker import InProcessWorker
 
             workers = InProcessWorker(self.worker).start()
-            self.close_callbacks.append(workers.stop)
-            notify = workers.notify_workers
+            notify, notices = workers.notify_workers, ExitStack()
+            notices.enter_context(self.notifier.subscribe((NEW_JOB,), lambda _: notify()))
+            self.close_callbacks += [workers.stop, notices.close]
         reaper = Reaper(self.jobs, self.settings.heartbeat_timeout, notify).start()
         self.close_callbacks.append(reaper.stop)
         return notify

@@ -224,7 +224,8 @@ def create_app(context: ServiceContext) -> FastAPI:
     @asynccontextmanager
     async def run_turns_while_serving(app: FastAPI) -> AsyncIterator[None]:
         anyio.to_thread.current_default_thread_limiter().total_tokens = MAX_THREADS
-        (context.turn_process or context.turn_runner).start()
+        if context.turn_process is None:
+            context.turn_runner.start()
         yield
         await anyio.to_thread.run_sync(context.stop_turns)
 

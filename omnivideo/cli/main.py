@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from omnivideo import __version__
-from omnivideo.cli import data, keys, service, weights
+from omnivideo.cli import data, keys, serve, service, weights
 from omnivideo.cli.app import (
     CONVERSATION,
     INSTALLATION_COMMANDS,
@@ -355,6 +355,7 @@ def batch(
         raise typer.Exit(1)
 
 
+app.add_typer(serve.app)
 app.add_typer(service.app)
 app.add_typer(keys.app, name="keys", rich_help_panel=SERVICE_COMMANDS)
 app.command(rich_help_panel=TRAINING_COMMANDS)(train)

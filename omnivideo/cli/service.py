@@ -1,12 +1,10 @@
-"""The service's commands: serve, worker, mllm, migrate and sweep. Their settings come from the environment."""
+"""The service's commands besides serve: worker, mllm, migrate and sweep. Their settings come from the environment."""
 
 import errno
 import logging
-import os
 import signal
 import socket
 import sys
-import threading
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +19,6 @@ from omnivideo.errors import InvalidInput, MissingDependency
 from omnivideo.startup import exempt_loaded_objects, pause_collection, preload_torch
 
 if TYPE_CHECKING:
-    from omnivideo.api.turn_process import TurnProcess
     from omnivideo.models.omni import OmniVideoModel
     from omnivideo.settings import ServiceSettings
     from omnivideo.wiring import ServiceWiring
@@ -32,7 +29,6 @@ STARTUP_FAILURE = 3  # uvicorn's exit status
 # asyncio accepts as many connections in a row as its backlog allows, before any of them can be counted and refused.
 ACCEPTED_AT_ONCE = 4
 PENDING_CONNECTIONS = 2048  # of the kernel
-EXIT_TIMEOUT_SECONDS = 5.0  # for what remains after the requests have been answered
 # How long a thread that computes may keep others waiting, in s. The event loop waits so long up to ten times in one
 # request; with Python's default of 5 ms, a few threads that compute at once delay every request by a second.
 SWITCH_SECONDS = 0.0005
@@ -57,7 +53,9 @@ def load_service_settings(weights: Path | None = None, **overrides: object) -> "
     return load_settings(weights=str(weights) if weights else None, **overrides)
 
 
-def build_wiring(settings: "ServiceSettings | None" = None, device: str = "auto") -> "ServiceWiring":
+def build_wiring(
+    settings: "ServiceSettings | None" = None, device: str = "auto", has_worker: bool = True
+) -> "ServiceWiring":
     """Return the wiring of the settings, by default the environment's.
 
     Raises MissingDependency if a package is not installed.
@@ -71,7 +69,7 @@ def build_wiring(settings: "ServiceSettings | None" = None, device: str = "auto"
             from omnivideo.wiring import ServiceWiring
     except ImportError as error:
         raise MissingDependency(f"the service needs {error.name}: pip install 'omnivideo[serve,worker]'") from None
-    return ServiceWiring(settings, device)
+    return ServiceWiring(settings, device, has_worker)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -142,111 +140,6 @@ def run_server(
         server.run(sockets=[listener])
     if not server.started:
         sys.exit(STARTUP_FAILURE)
-
-
-def limit_exit_time() -> None:
-    """Let this process end within EXIT_TIMEOUT_SECONDS, although threads of it still wait for other servers.
-
-    Python joins the threads of executors, and LangGraph asks the language model in them. That server may take longer
-    than the grace period of a stop, after which the process would be killed. Their turns were given back already.
-    """
-    timer = threading.Timer(EXIT_TIMEOUT_SECONDS, os._exit, (0,))
-    timer.daemon = True
-    timer.start()
-
-
-def serve_metrics(host: str, port: int, application: Any) -> Callable[[], None]:
-    """Serve an application's metrics on a port of their own, which needs no key. Return what stops it."""
-    from prometheus_client import start_http_server
-
-    try:
-        server, _ = start_http_server(port, host, application.state.request_metrics.registry)
-    except OSError as error:
-        message = f"this process cannot listen on {port}: {error.strerror}"
-        raise InvalidInput("OMNIVIDEO_METRICS_PORT", message) from None
-
-    def stop() -> None:
-        server.shutdown()
-        server.server_close()
-
-    return stop
-
-
-@app.command(rich_help_panel=SERVICE_COMMANDS)
-def serve(
-    host: HostOption = "127.0.0.1",
-    port: PortOption = 8000,
-    device: DeviceOption = "auto",
-    home: HomeOption = None,
-    weights: WeightsOption = None,
-    log_format: LogFormatOption = None,
-    log_level: LogLevelOption = None,
-) -> None:
-    """Run the HTTP service. By default, it includes a worker and stores everything in SQLite and a folder."""
-    settings = load_service_settings(weights, home=home, log_format=log_format, log_level=log_level)
-    configure_logging("api", settings)
-    if host not in ("127.0.0.1", "localhost", "::1") and not settings.admin_key:
-        raise InvalidInput("OMNIVIDEO_ADMIN_KEY", "it is empty; a service for other machines needs a key")
-    preload_torch()
-    try:
-        with pause_collection():
-            from omnivideo.api.app import create_app
-    except ImportError as error:
-        raise MissingDependency(f"the service needs {error.name}: pip install 'omnivideo[serve,worker]'") from None
-    with listen(host, port) as listener:
-        wiring = build_wiring(settings, device)
-
-        def build_application() -> Any:
-            context = wiring.build_service_context(open_turn_process(settings))
-            application = create_app(wiring.start_background_services(context))
-            if settings.metrics_port:
-                wiring.close_callbacks.append(serve_metrics(host, settings.metrics_port, application))
-            exempt_loaded_objects()
-            return application
-
-        try:
-            run_server(build_application, listener, settings.trusted_proxies)
-        finally:
-            if settings.broker:  # otherwise this process has a worker, whose clip must be given back
-                limit_exit_time()
-            wiring.close()
-
-
-def open_turn_process(settings: "ServiceSettings") -> "TurnProcess | None":
-    """Return a process for the turns; None if this process has the MLLM, or a database that notifies no others."""
-    from omnivideo.api.turn_process import TurnProcess
-
-    if not (settings.database and settings.mllm):
-        return None
-    options = {
-        "home": settings.home, "weights": settings.weights, "log-format": settings.log_format,
-        "log-level": settings.log_level,
-    }  # fmt: skip
-    given = [argument for name, value in options.items() if value for argument in (f"--{name}", str(value))]
-    return TurnProcess([sys.executable, "-m", "omnivideo.cli", "run-turns", *given])
-
-
-@app.command(hidden=True)
-def run_turns(
-    home: HomeOption = None,
-    weights: WeightsOption = None,
-    log_format: LogFormatOption = None,
-    log_level: LogLevelOption = None,
-) -> None:
-    """Run the turns of a service's threads until standard input ends; `omnivideo serve` starts it."""
-    settings = load_service_settings(weights, home=home, log_format=log_format, log_level=log_level)
-    configure_logging("turns", settings)
-    with pause_collection():
-        from omnivideo.api import turn_process
-
-        wiring = build_wiring(settings)
-        runner = wiring.turn_runner
-        exempt_loaded_objects()
-    try:
-        turn_process.run_turns(runner)
-    finally:
-        limit_exit_time()
-        wiring.close()
 
 
 @app.command(rich_help_panel=SERVICE_COMMANDS)

@@ -113,7 +113,7 @@ class Studio:
     @cached_property
     def conversations(self) -> "Conversations":
         """The threads of this home. The first use loads LangGraph and creates the folder."""
-        from omnivideo.wiring import build_local_conversations
+        from omnivideo.sdk.local_conversations import build_local_conversations
 
         return build_local_conversations(self.omni, self.weights_digest, self.settings, self.text_limits)
 

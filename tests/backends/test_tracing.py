@@ -73,7 +73,7 @@ def test_a_request_and_its_job_are_one_trace(receiver, weights, tmp_path):
         service.wait(60)
     job = next(span for span in spans if span[1] == "job")
     trace = [span for span in spans if span[2] == job[2]]
-    assert {service_name for service_name, *_ in trace} == {"omnivideo-api"}
+    assert {service_name for service_name, *_ in trace} == {"omnivideo-api", "omnivideo-turns"}
     assert [name for _, name, _, parent in trace if not parent] == ["POST /v1/videos/sync"]
     assert sum(name == "denoising step" for _, name, *_ in trace) == 2
     assert {"condition", "store result"} <= {name for _, name, *_ in trace}

@@ -11,7 +11,7 @@ import time
 import pytest
 from fastapi import FastAPI
 
-from omnivideo.cli import service
+from omnivideo.cli import serve, service
 from omnivideo.cli.main import main
 from omnivideo.settings import load_settings
 from omnivideo.wiring import ServiceWiring
@@ -22,7 +22,8 @@ from tests.support.servers import free_port, wait_for
 def run_cli(monkeypatch, capsys, tmp_path):
     """Return a function that runs a command line and returns its exit code, stdout and stderr."""
     monkeypatch.setenv("OMNIVIDEO_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(service, "configure_logging", lambda *arguments, **options: None)
+    for module in (serve, service):
+        monkeypatch.setattr(module, "configure_logging", lambda *arguments, **options: None)
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["omnivideo", *arguments])
@@ -38,13 +39,14 @@ def run_cli(monkeypatch, capsys, tmp_path):
 def test_serve_builds_the_application_and_closes_its_wiring(run_cli, monkeypatch, weights):
     served, closed, collections = [], [], []
 
-    def serve(create_application, *arguments) -> None:
+    def run_server(create_application, *arguments) -> None:
         served.append(create_application())
         started_at = time.thread_time()
         gc.collect()
         collections.append(time.thread_time() - started_at)
 
-    monkeypatch.setattr(service, "run_server", serve)
+    monkeypatch.setattr(serve, "run_server", run_server)
+    monkeypatch.setattr(serve, "limit_exit_time", lambda: None)  # it would end the process of the tests
     close = ServiceWiring.close
     monkeypatch.setattr(ServiceWiring, "close", lambda wiring: closed.append(wiring) or close(wiring))
     assert run_cli("serve", "--weights", str(weights), "--port", str(free_port()))[0] == 0

@@ -22,6 +22,7 @@ from omnivideo.backends.mllm.access import MLLMKeyMiddleware
 from omnivideo.backends.mllm.local import LocalMLLM
 from omnivideo.backends.mllm.protocol import (
     AgreementResponse,
+    MediaPayload,
     MLLMPayload,
     RefusalResponse,
     TokensRequest,
@@ -160,7 +161,11 @@ class LRUObjectStore:
         return self.entries[key]
 
     def has(self, key: str) -> bool:
-        return key in self.entries
+        """Return whether the object is here, and keep it as if it had been put again."""
+        if key not in self.entries:
+            return False
+        self.entries.move_to_end(key)
+        return True
 
     def delete(self, key: str) -> None:
         self.entries.pop(key, None)
@@ -176,13 +181,18 @@ class SerializedMLLM:
     def request_from_payload(self, payload: MLLMPayload) -> MLLMRequest:
         """Return the payload as a request, with its media in the MLLM's store."""
         artifacts = tuple(
-            Artifact(key=self.mllm.store.put(media.data, media.suffix), medium=media.medium, width=0, height=0,
+            Artifact(key=self.store_media(media), medium=media.medium, width=0, height=0,
                      frames=0, fps=media.fps, caption="", created_by="")
             for media in payload.media
         )  # fmt: skip
         return MLLMRequest(
             text=payload.text, artifacts=artifacts, system=payload.system, json_schema=payload.json_schema
         )
+
+    def store_media(self, media: MediaPayload) -> str:
+        """Return the key of a request's medium. A store that the client shares has it already."""
+        key = compute_object_key(media.data, media.suffix)
+        return key if self.mllm.store.has(key) else self.mllm.store.put(media.data, media.suffix)
 
     async def route(self, payload: MLLMPayload) -> Route:
         async with self.lock:

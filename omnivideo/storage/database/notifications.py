@@ -5,7 +5,8 @@ The database is the only record: a follower that misses a notification loses no 
 - In one process, a change is delivered as soon as the statement that wrote it has been committed.
 - Across processes, PostgreSQL delivers it: the statement itself calls `pg_notify`, in its own transaction. One
   connection of each process listens as long as there are followers, and reconnects when it is lost.
-- SQLite cannot notify other processes. Their followers read the database every SQLITE_POLL_SECONDS.
+- SQLite cannot notify other processes. Their followers read the database every SQLITE_POLL_SECONDS. The two processes
+  of one service pass each other their changes instead, with `forward_to` and `deliver`.
 
 On PostgreSQL, followers read the database every POSTGRESQL_POLL_SECONDS as well, in case a notification was lost. A
 pooler in transaction mode passes no notifications on. The listener finds this out by a notification to itself, and
@@ -41,6 +42,9 @@ RECONNECT_SECONDS = (0.1, 5.0)  # the first and the longest pause between two at
 ANY_JOB_END = "end"
 NEW_DELIVERY = "delivery"  # the topic of new deliveries to webhooks
 NEW_TURN = "new-turn"  # the topic of turns that can be claimed
+NEW_JOB = "new-job"  # the topic of jobs that a worker of this service can claim; brokers notify all other workers
+JOB_STEP = "step"
+UNRECORDED_TOPICS = (NEW_JOB, JOB_STEP)  # PostgreSQL does not deliver them
 
 
 Deliver = Callable[[Change | None], None]  # None: changes may have been missed, so read the database
@@ -52,8 +56,8 @@ def turn_topic(turn_id: str) -> str:
 
 
 def job_step_topic(job_id: str) -> str:
-    """Return the topic of the steps of a job that belongs to no turn; it is published in this process only."""
-    return f"step {job_id}"
+    """Return the topic of the steps of a job that belongs to no turn; it is published in this service only."""
+    return f"{JOB_STEP} {job_id}"
 
 
 def job_end_topic(job_id: str) -> str:
@@ -111,6 +115,7 @@ class ChangeNotifier:
         self.followers: dict[str, set[Deliver]] = {}
         self.lock = threading.Lock()
         self.listener: threading.Thread | None = None
+        self.forward: Callable[[Change], None] | None = None  # to the other process of this service
 
     @contextmanager
     def watch(self, *topics: str, poll_seconds: float | None = None) -> Iterator[Watch]:
@@ -146,7 +151,23 @@ class ChangeNotifier:
                     if not self.followers[topic]:
                         del self.followers[topic]
 
+    @contextmanager
+    def forward_to(self, send: Callable[[Change], None]) -> Iterator[None]:
+        """Send the changes of this process that the database does not deliver to others to the service's other one."""
+        self.forward = send
+        try:
+            yield
+        finally:
+            self.forward = None
+
     def publish(self, change: Change) -> None:
+        """Deliver a change of this process to the followers in it, and to the service's other process."""
+        self.deliver(change)
+        forward, kind = self.forward, change.topic.partition(" ")[0]
+        if forward is not None and not (self.is_postgresql and kind not in UNRECORDED_TOPICS):
+            forward(change)
+
+    def deliver(self, change: Change) -> None:
         """Deliver a change to the followers in this process."""
         with self.lock:
             kind = change.topic.partition(" ")[0]
@@ -223,7 +244,7 @@ class ChangeNotifier:
         if token == self.process_token:
             return
         number, body = rest or (None, "")
-        self.publish(
+        self.deliver(
             Change(topic=topic, number=int(number) if number else None, body=json.loads(body) if body else None)
         )
 
