@@ -58,15 +58,13 @@ def serve(
     if host not in ("127.0.0.1", "localhost", "::1") and not settings.admin_key:
         raise InvalidInput("OMNIVIDEO_ADMIN_KEY", "it is empty; a service for other machines needs a key")
     with listen(host, port) as listener, start_turn_process(settings, device) as (turn_process, settings):
-        try:
-            with pause_collection():
-                from omnivideo.api.app import create_app
-        except ImportError as error:
-            raise MissingDependency(f"the service needs {error.name}: pip install 'omnivideo[serve,worker]'") from None
         wiring = build_wiring(settings, device, has_worker=False)
 
         def build_application() -> Any:
-            turn_process.begin(wiring.notifier)
+            turn_process.begin(wiring.notifier)  # it loads the weights while this process imports the rest
+            with explain_missing_packages(), pause_collection():
+                from omnivideo.api.app import create_app
+
             application = create_app(wiring.start_background_services(wiring.build_service_context(turn_process)))
             if settings.metrics_port:
                 wiring.close_callbacks.append(serve_metrics(host, settings.metrics_port, application))
@@ -80,6 +78,14 @@ def serve(
             run_server(build_application, listener, settings.trusted_proxies)
         finally:
             wiring.close()
+
+
+@contextmanager
+def explain_missing_packages() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise MissingDependency(f"the service needs {error.name}: pip install 'omnivideo[serve,worker]'") from None
 
 
 def serve_metrics(host: str, port: int, application: Any) -> Callable[[], None]:
@@ -159,6 +165,9 @@ def run_turns(
     lower_cpu_priority()
     if not settings.broker or mllm_socket is not None:
         preload_torch()
+        with explain_missing_packages(), pause_collection():  # while the other process opens the database
+            import omnivideo.backends.decoder.worker
+            import omnivideo.models.weights.checkpoint  # noqa: F401
     if (key := parent.wait_to_begin()) is None:
         return
     wiring = build_wiring(settings, device)
