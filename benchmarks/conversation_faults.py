@@ -1,6 +1,6 @@
 """Faults of what an API process does besides requests: turns killed at every node, batches, and webhooks.
 
-benchmarks/faults.py runs them on an embedded service, whose process is killed with SIGKILL and started again.
+benchmarks/faults.py runs them on an embedded service, whose processes are killed with SIGKILL and started again.
 """
 
 import json
@@ -50,7 +50,7 @@ class FaultResult:
 
 
 class EmbeddedService:
-    """`omnivideo serve` with a worker, in a folder. Its process kills itself in the nodes that `kill_in` names."""
+    """`omnivideo serve` with a worker, in a folder; the nodes that are disturbed kill the process of its turns."""
 
     def __init__(self, folder: Path, heartbeat_timeout: float = 3.0):
         folder.mkdir(parents=True, exist_ok=True)
@@ -149,7 +149,7 @@ def read_event_kinds(service: EmbeddedService, path: str) -> Counter[str]:
 
 
 def kill_turns_at_every_node(folder: Path, nodes: list[str] | None = None) -> FaultResult:
-    """Kill the process in each node of the graph; compare with the same conversation without a kill."""
+    """Kill the process of the turns in each node of the graph; compare with the same conversation without a kill."""
     result, start = FaultResult("turns, at every node"), time.perf_counter()
     conversations = {node: CONVERSATIONS[node] for node in nodes or CONVERSATIONS}
     with run_embedded(folder / "undisturbed") as service:

@@ -1,10 +1,10 @@
-"""Run a command of omnivideo that kills itself in nodes of the planner's graph.
+"""Run a command of omnivideo whose turns kill their process in nodes of the planner's graph.
 
 python -m benchmarks.killed_at FOLDER serve --port 8000
 
-The process is killed when a node has done its work and nothing of it is stored yet, if the folder has a file with the
-node's name. The file is removed first, so that the process that is started again goes on. If the file says "raise", the
-node raises an exception instead.
+The process that runs the turns is killed when a node has done its work and nothing of it is stored yet, if the folder
+has a file with the node's name. The file is removed first, so that the process that is started again goes on. If the
+file says "raise", the node raises an exception instead.
 """
 
 import os
@@ -37,11 +37,13 @@ def main() -> None:
     folder, *command = sys.argv[1:]
     from omnivideo.agent.graph import NODES, Planner
     from omnivideo.agent.transitions import REFERENCE_NODE, SEARCH_NODE
+    from omnivideo.cli import serve
     from omnivideo.cli.main import main as run_command
 
     for node in (*NODES, SEARCH_NODE, REFERENCE_NODE):
         name = METHODS.get(node, node)
         setattr(Planner, name, kill_once_after(getattr(Planner, name), Path(folder) / node))
+    serve.PROGRAM = [sys.executable, "-m", "benchmarks.killed_at", folder]
     sys.argv[1:] = command
     run_command()
 

@@ -135,7 +135,7 @@ class TurnProcess:
         with suppress(OSError):
             connection.shutdown(socket.SHUT_WR)  # for which the process waits
         try:
-            process.wait(self.stop_seconds)
+            process.wait(self.stop_seconds if self.has_started.is_set() else 0)  # before, it has nothing to give back
         except subprocess.TimeoutExpired:
             process.kill()  # its turns count as lost, and another process continues them
             process.wait()

@@ -20,6 +20,7 @@ from omnivideo.api.turn_process import STOP_SECONDS, Parent, TurnProcess
 from omnivideo.cli.app import SERVICE_COMMANDS, DeviceOption, HomeOption, WeightsOption
 from omnivideo.cli.logs import configure_logging
 from omnivideo.cli.service import (
+    SWITCH_SECONDS,
     HostOption,
     LogFormatOption,
     LogLevelOption,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from omnivideo.wiring import ServiceWiring
 
 app = typer.Typer()
+PROGRAM = [sys.executable, "-m", "omnivideo.cli"]  # of the process that runs the turns
 EXIT_TIMEOUT_SECONDS = 5.0  # for what remains after the requests have been answered
 WORKER_STOP_SECONDS = 60.0  # a denoising step of a large preset takes a while, and then the clip is given back
 
@@ -124,7 +126,7 @@ def start_turn_process(settings: "ServiceSettings", device: str) -> Iterator[tup
         "log-level": settings.log_level, "device": device,
     }  # fmt: skip
     given = [argument for name, value in options.items() if value for argument in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "omnivideo.cli", "run-turns", *given]
+    command = [*PROGRAM, "run-turns", *given]
     stop_seconds = STOP_SECONDS if settings.broker else WORKER_STOP_SECONDS
     if settings.mllm:
         process = TurnProcess(command, must_start=not settings.broker, stop_seconds=stop_seconds)
@@ -197,6 +199,7 @@ def serve_mllm(wiring: "ServiceWiring", key: str, listener: socket.socket) -> No
     from omnivideo.backends.mllm.local import LocalMLLM
     from omnivideo.backends.mllm.server import create_mllm_app
 
+    sys.setswitchinterval(SWITCH_SECONDS)
     mllm = wiring.renderer.mllm
     assert isinstance(mllm, LocalMLLM)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # it is no server of the user's
