@@ -15,6 +15,7 @@ from omnivideo.contracts import Artifact, FrozenModel
 from omnivideo.turns import CommandName, ExecutedCommand
 
 MAX_ACTIONS = 8
+MAX_JOINED_CLIPS = 8
 MAX_LISTED_ARTIFACTS = 32  # the newest ones, so that the prompt of a long conversation stays short
 ActionText = Annotated[str, Field(min_length=1, max_length=300)]
 NEW: Literal["new"] = "new"
@@ -36,6 +37,18 @@ class PlannedEdit(FrozenModel):
     action: Literal["edit"]
     do: ActionText
     about: str
+
+
+class PlannedJoin(FrozenModel):
+    """Make one clip of `clips`, the numbers of artifacts, in this order."""
+
+    action: Literal["join"]
+    do: ActionText
+    clips: tuple[int, ...] = Field(min_length=2, max_length=MAX_JOINED_CLIPS)
+
+    @property
+    def about(self) -> str:
+        return str(self.clips[0])
 
 
 class PlannedAnswer(FrozenModel):
@@ -88,7 +101,9 @@ class PlannedCommand(FrozenModel):
         return ExecutedCommand.model_validate({"name": self.command, "arguments": given})
 
 
-PlannedAction = PlannedGeneration | PlannedEdit | PlannedAnswer | PlannedQuestion | PlannedRefusal | PlannedCommand
+PlannedAction = (
+    PlannedGeneration | PlannedEdit | PlannedJoin | PlannedAnswer | PlannedQuestion | PlannedRefusal | PlannedCommand
+)
 ACTION_ADAPTER: TypeAdapter[PlannedAction] = TypeAdapter(PlannedAction)
 
 
@@ -100,20 +115,30 @@ class TurnPlan(FrozenModel):
 
 def list_references(num_artifacts: int) -> list[str]:
     """Return what an action can refer to: nothing, what the turn itself has just made, or one of the artifacts."""
-    first_listed = max(1, num_artifacts - MAX_LISTED_ARTIFACTS + 1)
-    return [NEW, LAST, *([UNCLEAR] if num_artifacts else []), *map(str, range(first_listed, num_artifacts + 1))]
+    return [NEW, LAST, *([UNCLEAR] if num_artifacts else []), *map(str, list_numbers(num_artifacts))]
+
+
+def list_numbers(num_artifacts: int) -> list[int]:
+    """Return the numbers of the artifacts that the prompt lists."""
+    return list(range(max(1, num_artifacts - MAX_LISTED_ARTIFACTS + 1), num_artifacts + 1))
 
 
 def build_plan_schema(num_artifacts: int) -> str:
     """Return the JSON schema of a plan in a thread with this many artifacts; only its references are allowed."""
     schema: dict[str, Any] = TurnPlan.model_json_schema()
     schema["properties"]["actions"].pop("default", None)
+    if num_artifacts < 2:  # nothing can be joined
+        choices = schema["properties"]["actions"]["items"]["anyOf"]
+        choices.remove({"$ref": "#/$defs/PlannedJoin"})
+        del schema["$defs"]["PlannedJoin"]
     references = list_references(num_artifacts)
     for name, definition in schema["$defs"].items():
         definition.pop("description", None)
         if about := definition["properties"].get("about"):
             allowed = references[1:] if name == "PlannedEdit" else references
             definition["properties"]["about"] = {"enum": [NEW]} if "const" in about else {"enum": allowed}
+        if clips := definition["properties"].get("clips"):
+            clips["items"] = {"enum": list_numbers(num_artifacts)}
     schema.pop("description", None)
     return json.dumps(schema)
 
@@ -138,7 +163,8 @@ def parse_plan(answer: str, num_artifacts: int) -> list[PlannedAction]:
             action = ACTION_ADAPTER.validate_python(entry)
         except ValidationError:
             break
-        if action.about not in allowed or not action.do.strip():
+        references = map(str, action.clips) if isinstance(action, PlannedJoin) else (action.about,)
+        if not set(references) <= set(allowed) or not action.do.strip():
             break
         actions.append(action)
     return actions[:MAX_ACTIONS]

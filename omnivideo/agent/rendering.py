@@ -121,8 +121,10 @@ class RenderingNodes:
         """Make one clip of those with these numbers."""
         if self.media_tools is None:
             return self.answer_in_words(state, "I cannot join clips here.")
-        emit_action(state, "edit", state["action"]["text"], "video")
         clips = [Artifact.parse_stored(state["artifacts"][number - 1]) for number in numbers]
+        if any(clip.medium != "video" for clip in clips):
+            return self.answer_in_words(state, "I can join clips only, and not pictures.")
+        emit_action(state, "edit", state["action"]["text"], "video")
         try:
             artifact = self.media_tools.join_clips(clips, build_job_id(state))
         except InvalidInput as error:

@@ -15,13 +15,14 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from omnivideo.agent import english_rules
+from omnivideo.agent import english_rules, mllm_plan
 from omnivideo.agent.commands import find_command
 from omnivideo.agent.mllm_plan import (
     CURRENT,
     LAST,
     NEW,
     PlannedCommand,
+    PlannedJoin,
     build_plan_request,
     build_plan_schema,
     parse_plan,
@@ -199,13 +200,18 @@ def plan_by_mllm(text: str, artifacts: Sequence[Artifact], mllm: MLLM, prompt: s
     planned_actions = parse_plan("".join(mllm.stream_text(request)), len(artifacts))
     if not planned_actions:
         return [PlannedAction(text, LAST if artifacts else NEW)]
-    return [
-        PlannedAction(
-            action.do.strip(), action.about, action.action, getattr(action, "say", ""),
-            {"command": action.to_command().model_dump()} if isinstance(action, PlannedCommand) else {},
-        )
-        for action in planned_actions
-    ]  # fmt: skip
+    return list(map(convert_planned_action, planned_actions))
+
+
+def convert_planned_action(action: mllm_plan.PlannedAction) -> PlannedAction:
+    """Return an action of the MLLM's plan as the planner's state keeps it."""
+    details: dict[str, Any] = {}
+    if isinstance(action, PlannedCommand):
+        details["command"] = action.to_command().model_dump()
+    if isinstance(action, PlannedJoin):
+        details |= {"joined": list(action.clips), "medium": "video"}
+    goal = "edit" if isinstance(action, PlannedJoin) else action.action
+    return PlannedAction(action.do.strip(), action.about, goal, getattr(action, "say", ""), details)
 
 
 def build_limit_question(num_generations: int, max_generations: int) -> str:

@@ -7,7 +7,7 @@ from typing import ClassVar
 import pytest
 
 from omnivideo.agent.capabilities import reconcile_route
-from omnivideo.agent.mllm_plan import parse_plan
+from omnivideo.agent.mllm_plan import build_plan_schema, parse_plan
 from omnivideo.agent.planner_prompts import load_prompts
 from omnivideo.contracts import MLLMRequest, Route
 from omnivideo.presets import OMNIVIDEO2_A14B, OMNIVIDEO_1_3B
@@ -100,6 +100,54 @@ def test_the_schema_allows_only_what_exists():
     assert first["PlannedAnswer"]["properties"]["about"] == {"enum": ["new", "last"]}
     assert second["PlannedEdit"]["properties"]["about"] == {"enum": ["last", "unclear", "1"]}
     assert second["PlannedGeneration"]["properties"]["about"] == {"enum": ["new"]}
+
+
+# ---------------------------------------------------------------- joining
+
+
+class JoiningTools:
+    """Joins clips without reading them."""
+
+    def join_clips(self, clips, created_by):
+        caption, frames = " ; ".join(clip.caption for clip in clips), sum(clip.frames for clip in clips)
+        update = {"key": "joined.mp4", "caption": caption, "frames": frames, "source": clips[0].key}
+        return clips[0].model_copy(update=update)
+
+
+def write_join(*clips: int) -> str:
+    return json.dumps({"actions": [{"action": "join", "do": "put them together", "clips": clips}]})
+
+
+def test_a_plan_can_join_clips_in_any_order_and_change_the_result():
+    mllm = PlanningMLLM()
+    join, edit = json.loads(write_join(3, 1))["actions"], json.loads(write_plan(("edit", "make it blue", "last")))
+    mllm.plans = {"join both, then blue": json.dumps({"actions": [*join, *edit["actions"]]})}
+    conversation = Conversation(mllm=mllm, preset=PLANNING, media_tools=JoiningTools())
+    first = conversation.say("a red ball").results[0].artifact
+    conversation.say("a yellow star")
+    third = conversation.say("a green box").results[0].artifact
+    joined, edited = conversation.say("join both, then blue").results
+    assert joined.artifact.caption == f"{third.caption} ; {first.caption}" and joined.artifact.source == third.key
+    assert edited.artifact.source == joined.artifact.key
+    assert len(conversation.queue.jobs) == 4  # nothing is rendered to join clips
+
+
+def test_a_plan_joins_only_clips_that_exist():
+    assert "PlannedJoin" not in build_plan_schema(1)
+    schema = json.loads(build_plan_schema(3))["$defs"]["PlannedJoin"]["properties"]["clips"]
+    assert (schema["items"], schema["minItems"]) == ({"enum": [1, 2, 3]}, 2)
+    (action,) = parse_plan(write_join(2, 1), 2)
+    assert action.clips == (2, 1)
+    assert parse_plan(write_join(1, 3), 2) == parse_plan(write_join(1), 2) == []
+
+
+def test_pictures_are_not_joined():
+    mllm = PlanningMLLM()
+    mllm.plans = {"join them": write_join(1, 2)}
+    conversation = Conversation(mllm=mllm, preset=PLANNING, media_tools=JoiningTools())
+    conversation.say("a red ball")
+    (result,) = conversation.say("join them", attachments=["photo.png"]).results
+    assert result.artifact is None and "clips only" in result.answer
 
 
 # ---------------------------------------------------------------- asking and declining

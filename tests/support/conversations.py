@@ -13,9 +13,9 @@ from tests.support.twins import InstantQueue, ScriptedMLLM
 class Conversation:
     """A thread over twins; `events` are those of the last turn."""
 
-    def __init__(self, saver=None, name="conversation", mllm=None, preset=TINY):
+    def __init__(self, saver=None, name="conversation", mllm=None, preset=TINY, media_tools=None):
         self.mllm, self.queue = mllm or ScriptedMLLM(), InstantQueue()
-        planner = Planner(self.mllm, self.queue, preset)
+        planner = Planner(self.mllm, self.queue, preset, media_tools)
         self.graph = planner.build_graph(saver or InMemorySaver())
         self.thread = Thread(self.graph, name, attach)
         self.events: list = []
