@@ -68,6 +68,10 @@ LONG = (
     "models/weights/test_convert.py::test_version_1_in_full_size*",
     # As many busy processes as CPUs, for three CPU seconds of the reader: they take the CPU from all other tests.
     "media/test_sandbox.py::test_a_busy_machine*",
+    # Processes with models, which are killed in every kind of turn: 25 s; tests/api/test_turn_process.py has one kill.
+    "backends/queue/test_kill.py::test_killed_conversations*",
+    # Gradio's page in a browser: 40 s.
+    "api/test_gradio.py::test_gradios_page*",
     # A browser, nginx in a network namespace, and a service with the shipped weights: 40 s.
     "api/test_behind_nginx.py",
     # A service with hundreds of turns and jobs: a minute.
