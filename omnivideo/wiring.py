@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from omnivideo.agent.conversations import LOCAL_OWNER, Conversations, OpenQueue
 from omnivideo.contracts import Artifact, Change, Lane
@@ -55,6 +55,16 @@ def connect_mllm(settings: ServiceSettings, store: ObjectStore) -> "RemoteMLLM |
     from omnivideo.backends.mllm.remote import RemoteMLLM
 
     return RemoteMLLM(settings.mllm, store, settings.mllm_timeout_seconds, settings.mllm_key)
+
+
+class DeferredMLLM:
+    """The MLLM of this process, which is loaded at the first call: a sweep, for example, asks it nothing."""
+
+    def __init__(self, load: Callable[[], MLLM]):
+        self.load = load
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.load(), name)
 
 
 class ServiceWiring:
@@ -285,7 +295,7 @@ class ServiceWiring:
     def conversations(self) -> Conversations:
         saver, preset = open_checkpointer(self.settings), get_preset(self.settings.preset)
         conversations = Conversations(
-            self.mllm,
+            cast("MLLM", DeferredMLLM(lambda: self.mllm)),
             self.open_queue,
             self.store,
             saver,

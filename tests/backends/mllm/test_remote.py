@@ -182,3 +182,17 @@ print(sorted(name for name in ("torch", "transformers", "diffusers", "safetensor
 """
     completed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=100)
     assert completed.stdout.strip() == "[]"
+
+
+def test_a_sweep_loads_no_model(tmp_path):
+    """It took 530 MB and several seconds, for an MLLM that it asks nothing."""
+    program = f"""
+import sys
+from omnivideo.cli.service import build_wiring, load_service_settings
+wiring = build_wiring(load_service_settings(home={str(tmp_path)!r}))
+wiring.sweep()
+wiring.close()
+print("torch" in sys.modules)
+"""
+    completed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=100)
+    assert completed.stdout.strip() == "False"
