@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 from omnivideo.agent.conversations import LOCAL_OWNER, Conversations, OpenQueue
 from omnivideo.contracts import Artifact, Change, Lane
@@ -55,16 +55,6 @@ def connect_mllm(settings: ServiceSettings, store: ObjectStore) -> "RemoteMLLM |
     from omnivideo.backends.mllm.remote import RemoteMLLM
 
     return RemoteMLLM(settings.mllm, store, settings.mllm_timeout_seconds, settings.mllm_key)
-
-
-class DeferredMLLM:
-    """The MLLM of this process, which is loaded at the first call: a sweep, for example, asks it nothing."""
-
-    def __init__(self, load: Callable[[], MLLM]):
-        self.load = load
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.load(), name)
 
 
 class ServiceWiring:
@@ -230,6 +220,11 @@ class ServiceWiring:
     def mllm(self) -> MLLM:
         return self.remote_mllm or self.renderer.mllm
 
+    def leave_out_mllm(self) -> "ServiceWiring":
+        """Load no MLLM, for a process that asks it nothing, such as a sweep."""
+        self.__dict__["mllm"] = None
+        return self
+
     @cached_property
     def remote_mllm(self) -> "RemoteMLLM | None":
         """The MLLM behind its own server, or None if it runs in this process."""
@@ -295,7 +290,7 @@ class ServiceWiring:
     def conversations(self) -> Conversations:
         saver, preset = open_checkpointer(self.settings), get_preset(self.settings.preset)
         conversations = Conversations(
-            cast("MLLM", DeferredMLLM(lambda: self.mllm)),
+            self.mllm,
             self.open_queue,
             self.store,
             saver,

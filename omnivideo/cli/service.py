@@ -297,7 +297,7 @@ def migrate() -> None:
 @app.command(rich_help_panel=SERVICE_COMMANDS)
 def sweep(home: HomeOption = None) -> None:
     """Remove what users have deleted, what has ended long ago, and artifacts that nothing refers to."""
-    result = build_wiring(load_service_settings(home=home)).sweep()
+    result = build_wiring(load_service_settings(home=home)).leave_out_mllm().sweep()
     console.print(f"{len(result.object_keys)} artifacts removed")
 
 
