@@ -1,6 +1,7 @@
 """The composition root: it builds the implementation of each port that the settings select.
 
-Without settings everything is embedded: SQLite and files in the home folder, the MLLM and a worker in this process.
+Without settings everything is embedded: SQLite and files in the home folder, the MLLM and a worker in this process
+or, for `omnivideo serve`, in the one that it starts for the turns.
 Only embedded parts load torch.
 """
 

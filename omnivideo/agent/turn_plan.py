@@ -205,12 +205,12 @@ def plan_by_mllm(text: str, artifacts: Sequence[Artifact], mllm: MLLM, prompt: s
 
 def convert_planned_action(action: mllm_plan.PlannedAction) -> PlannedAction:
     """Return an action of the MLLM's plan as the planner's state keeps it."""
+    goal: str = action.action
     details: dict[str, Any] = {}
     if isinstance(action, PlannedCommand):
-        details["command"] = action.to_command().model_dump()
-    if isinstance(action, PlannedJoin):
-        details |= {"joined": list(action.clips), "medium": "video"}
-    goal = "edit" if isinstance(action, PlannedJoin) else action.action
+        details = {"command": action.to_command().model_dump()}
+    elif isinstance(action, PlannedJoin):
+        goal, details = "edit", {"joined": list(action.clips), "medium": "video"}
     return PlannedAction(action.do.strip(), action.about, goal, getattr(action, "say", ""), details)
 
 

@@ -26,12 +26,13 @@ from omnivideo.cli.service import (
     LogLevelOption,
     PortOption,
     build_wiring,
+    explain_missing_packages,
     listen,
     load_service_settings,
     run_server,
 )
 from omnivideo.cpu_threads import lower_cpu_priority
-from omnivideo.errors import InvalidInput, MissingDependency
+from omnivideo.errors import InvalidInput
 from omnivideo.startup import exempt_loaded_objects, pause_collection, preload_torch
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def serve(
     if host not in ("127.0.0.1", "localhost", "::1") and not settings.admin_key:
         raise InvalidInput("OMNIVIDEO_ADMIN_KEY", "it is empty; a service for other machines needs a key")
     with listen(host, port) as listener, start_turn_process(settings, device) as (turn_process, settings):
-        wiring = build_wiring(settings, device, has_worker=False)
+        wiring = build_wiring(settings, has_worker=False)
 
         def build_application() -> Any:
             turn_process.begin(wiring.notifier)  # it loads the weights while this process imports the rest
@@ -80,14 +81,6 @@ def serve(
             run_server(build_application, listener, settings.trusted_proxies)
         finally:
             wiring.close()
-
-
-@contextmanager
-def explain_missing_packages() -> Iterator[None]:
-    try:
-        yield
-    except ImportError as error:
-        raise MissingDependency(f"the service needs {error.name}: pip install 'omnivideo[serve,worker]'") from None
 
 
 def serve_metrics(host: str, port: int, application: Any) -> Callable[[], None]:

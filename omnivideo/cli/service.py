@@ -5,8 +5,8 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Callable, Collection
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,6 +53,14 @@ def load_service_settings(weights: Path | None = None, **overrides: object) -> "
     return load_settings(weights=str(weights) if weights else None, **overrides)
 
 
+@contextmanager
+def explain_missing_packages() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise MissingDependency(f"the service needs {error.name}: pip install 'omnivideo[serve,worker]'") from None
+
+
 def build_wiring(
     settings: "ServiceSettings | None" = None, device: str = "auto", has_worker: bool = True
 ) -> "ServiceWiring":
@@ -61,14 +69,11 @@ def build_wiring(
     Raises MissingDependency if a package is not installed.
     """
     settings = settings or load_service_settings()
-    try:
-        with pause_collection():
-            import alembic  # noqa: F401
-            import sqlalchemy  # noqa: F401
+    with explain_missing_packages(), pause_collection():
+        import alembic  # noqa: F401
+        import sqlalchemy  # noqa: F401
 
-            from omnivideo.wiring import ServiceWiring
-    except ImportError as error:
-        raise MissingDependency(f"the service needs {error.name}: pip install 'omnivideo[serve,worker]'") from None
+        from omnivideo.wiring import ServiceWiring
     return ServiceWiring(settings, device, has_worker)
 
 

@@ -201,6 +201,13 @@ def ask(http: httpx.Client, text: str) -> str:
     return response.json()["choices"][0]["message"]["content"]
 
 
+def begin_clip(http: httpx.Client, prompt: str) -> str:
+    """Ask for a clip that takes a while; return its id once it is being rendered."""
+    video: str = http.post("/v1/videos", json={"prompt": prompt, "num_inference_steps": 100}).json()["id"]
+    wait_until(lambda: http.get(f"/v1/videos/{video}").json()["progress"] > 0)
+    return video
+
+
 def test_turns_run_in_another_process_than_requests(cluster):
     """It is found again after it was killed, and ends with the API, which may end in any way."""
     assert "shapes" in ask(cluster.http, "what can you do?")
@@ -245,9 +252,7 @@ def test_the_models_of_an_embedded_service_are_in_the_process_of_its_turns(embed
 def test_what_an_embedded_service_does_survives_its_models_process(embedded):
     """A turn, a clip and an understanding request go on, at the same address of the MLLM."""
     api, http = embedded
-    body = {"prompt": "a red circle moving right", "num_inference_steps": 100}
-    video = http.post("/v1/videos", json=body).json()["id"]
-    wait_until(lambda: http.get(f"/v1/videos/{video}").json()["progress"] > 0)
+    video = begin_clip(http, "a red circle moving right")
     first = find_turn_process(api)
     os.kill(first, signal.SIGKILL)
     wait_until(lambda: find_turn_process(api) not in (None, first))
@@ -262,9 +267,7 @@ def test_what_an_embedded_service_does_survives_its_models_process(embedded):
 def test_an_interrupted_embedded_service_gives_its_clip_back(embedded):
     """Ctrl-C reaches both processes; the clip goes on when the service is started again, and nothing is lost."""
     api, http = embedded
-    body = {"prompt": "a red circle moving left", "num_inference_steps": 100}
-    video = http.post("/v1/videos", json=body).json()["id"]
-    wait_until(lambda: http.get(f"/v1/videos/{video}").json()["progress"] > 0)
+    video = begin_clip(http, "a red circle moving left")
     turns = find_turn_process(api)
     os.killpg(api.process.pid, signal.SIGINT)
     assert api.process.wait(60) == 0
