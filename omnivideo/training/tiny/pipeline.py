@@ -142,11 +142,10 @@ class TinyPipeline:
         folder = self.runs_folder / "text" / "tokenizer"
         if self.starts_from_nothing("text"):
             return text_encoder.build_text_recipe(text_encoder.load_or_build_tokenizer(folder))
-        recipe = text_encoder.build_text_recipe(self.load_tokenizer())
-        if self.continues_from_weights:
-            encoder = self.load_shipped_part(UMT5EncoderModel, "text_encoder")
-            recipe.model.get_submodule("encoder").load_state_dict(encoder.state_dict())
-        return recipe
+        known_encoder = (
+            self.load_shipped_part(UMT5EncoderModel, "text_encoder") if self.continues_from_weights else None
+        )
+        return text_encoder.build_text_recipe(self.load_tokenizer(), known_encoder=known_encoder)
 
     def load_tokenizer(self) -> Any:
         return text_encoder.load_or_build_tokenizer(

@@ -10,6 +10,7 @@ from omnivideo.training.engine.checkpoint import STATE_FILE_NAME
 from omnivideo.training.engine.run import RunContext
 from omnivideo.training.engine.trainer import Trainer
 from omnivideo.training.recipes.parts import TrainableParts
+from omnivideo.training.tiny import text_encoder
 from omnivideo.training.tiny.pipeline import TinyPipeline
 
 
@@ -61,6 +62,23 @@ def test_the_decoder_continues_with_a_newly_trained_text_encoder(weights, tmp_pa
     Trainer(recipe, run.get_folder("text")).run(stop_at_step=0)
     loaded = TinyPipeline(run).load_omni("stage3").text_encoder.state_dict()
     assert all(torch.equal(value, loaded[key]) for key, value in trained.state_dict().items())
+
+
+def test_the_text_encoder_keeps_the_embeddings_that_a_decoder_has_learned(weights, tmp_path):
+    stored = checkpoint.load(weights)
+    tokens = stored.tokenizer(["a large red circle left of a blue star", "two squares move up"], padding=True)
+    ids, mask = torch.tensor(tokens.input_ids), torch.tensor(tokens.attention_mask)
+
+    def measure_drift_after_training(known_encoder):
+        recipe = text_encoder.build_text_recipe(stored.tokenizer, 40, 8, 4, known_encoder)
+        trained = recipe.model.get_submodule("encoder")
+        trained.load_state_dict(stored.text_encoder.state_dict())
+        Trainer(recipe, tmp_path / str(known_encoder is None)).run()
+        with torch.no_grad():
+            new, known = (model(ids, attention_mask=mask)[0] for model in (trained, stored.text_encoder))
+            return text_encoder.measure_drift(new, known, mask).item()
+
+    assert measure_drift_after_training(stored.text_encoder) < 0.5 * measure_drift_after_training(None)
 
 
 def test_training_starts_from_a_folder_of_weights(weights, tmp_path):
