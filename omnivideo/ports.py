@@ -110,8 +110,11 @@ class MediaTools(Protocol):
         """Make a still of a clip."""
         ...
 
-    def join_clips(self, clips: Sequence[Artifact], created_by: str) -> Artifact:
-        """Make one clip of several, at the size and rate of the first. Raises InvalidInput if it would be too long."""
+    def join_clips(self, clips: Sequence[Artifact], created_by: str, on_clip: Callable[[int], None] = ...) -> Artifact:
+        """Make one clip of several, at the size and rate of the first. Raises InvalidInput if it would be too long.
+
+        `on_clip` receives the number of clips that have been read; what it raises ends the work.
+        """
         ...
 
     def convert_artifact(self, artifact: Artifact, suffix: str) -> Artifact:

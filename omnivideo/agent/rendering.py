@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from langgraph.config import get_config, get_stream_writer
@@ -24,6 +24,7 @@ from omnivideo.contracts import (
     Medium,
     MLLMRequest,
     Route,
+    StepProgress,
     get_source_length,
     get_task_medium,
     resolve_sampling_params,
@@ -60,6 +61,17 @@ def emit_event(event: TurnEvent) -> None:
 
 def emit_action(state: PlannerState, goal: Goal, prompt: str, medium: Medium | None = None) -> None:
     emit_event(ActionStarted(index=state["action_index"], goal=goal, medium=medium, prompt=prompt))
+
+
+def build_join_progress(count: int) -> Callable[[int], None]:
+    """Return a function that reports how many of `count` clips have been read, and raises JobCancelled if it must."""
+    begin = time.monotonic()
+
+    def report(number: int) -> None:
+        eta_seconds = (time.monotonic() - begin) / number * (count - number)
+        emit_event(StepProgress(step=number, steps=count, eta_seconds=eta_seconds))
+
+    return report
 
 
 def derive_seed(*parts: object) -> int:
@@ -126,7 +138,7 @@ class RenderingNodes:
             return self.answer_in_words(state, "I can join clips only, and not pictures.")
         emit_action(state, "edit", state["action"]["text"], "video")
         try:
-            artifact = self.media_tools.join_clips(clips, build_job_id(state))
+            artifact = self.media_tools.join_clips(clips, build_job_id(state), build_join_progress(len(clips)))
         except InvalidInput as error:
             return self.answer_in_words(state, explain_invalid_input(error))
         emit_event(ArtifactReady(artifact=artifact))

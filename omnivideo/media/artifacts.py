@@ -2,7 +2,7 @@
 
 import io
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -68,11 +68,18 @@ def extract_frame(store: ObjectStore, clip: Artifact, position: FramePosition, c
     )  # fmt: skip
 
 
-def join_clips(store: ObjectStore, clips: Sequence[Artifact], created_by: str) -> Artifact:
+def ignore_progress(number: int) -> None:
+    """Do nothing; the default for `on_clip`."""
+
+
+def join_clips(
+    store: ObjectStore, clips: Sequence[Artifact], created_by: str, on_clip: Callable[[int], None] = ignore_progress
+) -> Artifact:
     """Store a clip that shows several one after the other, and return it.
 
     It has the size and the rate of the first; frames of another size are scaled to cover it and cropped centrally. The
-    sounds of the clips are kept where they can be copied.
+    sounds of the clips are kept where they can be copied. `on_clip` receives the number of clips that have been read;
+    if it raises, nothing is stored.
     """
     first = clips[0]
     size, fps = (first.width - first.width % 2, first.height - first.height % 2), first.fps
@@ -80,7 +87,7 @@ def join_clips(store: ObjectStore, clips: Sequence[Artifact], created_by: str) -
     if size[0] * size[1] * sum(counts) > MAX_CLIP_PIXELS:
         raise InvalidInput("clips", f"together they would have {sum(counts)} frames, which is too long")
     frames, sounds = list[np.ndarray](), list[SoundSource]()
-    for clip, count in zip(clips, counts, strict=True):
+    for number, (clip, count) in enumerate(zip(clips, counts, strict=True), 1):
         data = store.get(clip.key)
 
         def choose(total: int, own_fps: float | None, count: int = count, clip_fps: float = clip.fps) -> Sequence[int]:
@@ -88,6 +95,7 @@ def join_clips(store: ObjectStore, clips: Sequence[Artifact], created_by: str) -
 
         frames += read_chosen_frames(data, choose, lambda frame: center_crop_resize(frame, *size))[0]
         sounds.append(SoundSource(data, count / fps))
+        on_clip(number)
     joined, caption = np.stack(frames), " ; ".join(clip.caption for clip in clips)
     silent, suffix = encode_clip(joined, fps)
     file, sound = join_sounds(silent, sounds)
@@ -109,8 +117,10 @@ class StoreMediaTools:
     def extract_frame(self, clip: Artifact, position: FramePosition, created_by: str) -> Artifact:
         return extract_frame(self.store, clip, position, created_by)
 
-    def join_clips(self, clips: Sequence[Artifact], created_by: str) -> Artifact:
-        return join_clips(self.store, clips, created_by)
+    def join_clips(
+        self, clips: Sequence[Artifact], created_by: str, on_clip: Callable[[int], None] = ignore_progress
+    ) -> Artifact:
+        return join_clips(self.store, clips, created_by, on_clip)
 
     def convert_artifact(self, artifact: Artifact, suffix: str) -> Artifact:
         return convert_artifact(self.store, artifact, suffix)

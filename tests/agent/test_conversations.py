@@ -208,6 +208,19 @@ def test_the_sweep_keeps_what_results_were_made_of_as_long_as_these(studio):
         assert studio.replay(artifact) == artifact.key
 
 
+def test_a_join_that_is_stopped_stores_nothing(studio):
+    store, tools = studio.conversations.store, studio.conversations.local_media_tools
+    clips = [run_job(studio, build_job(studio, f"stopped.{seed}", seed=seed)) for seed in (1, 2)]
+    stored = set(store.iter_keys())
+
+    def stop(number):
+        raise JobCancelled(f"after clip {number}")
+
+    with pytest.raises(JobCancelled, match="after clip 1"):
+        tools.join_clips(clips, "turn", stop)
+    assert set(store.iter_keys()) == stored
+
+
 def test_a_clip_that_ends_with_a_picture_keeps_its_latents():
     assert [*list_needed_keys({"last_frame_latents": "a.safetensors", "visual_tokens": None})] == ["a.safetensors"]
 

@@ -9,7 +9,8 @@ import pytest
 from omnivideo.agent.capabilities import reconcile_route
 from omnivideo.agent.mllm_plan import build_plan_schema, parse_plan
 from omnivideo.agent.planner_prompts import load_prompts
-from omnivideo.contracts import MLLMRequest, Route
+from omnivideo.contracts import MLLMRequest, Route, StepProgress
+from omnivideo.errors import JobCancelled
 from omnivideo.presets import OMNIVIDEO2_A14B, OMNIVIDEO_1_3B
 from omnivideo.turns import QuestionAsked, TextDelta, Turn
 from tests.support.conversations import Conversation
@@ -106,9 +107,15 @@ def test_the_schema_allows_only_what_exists():
 
 
 class JoiningTools:
-    """Joins clips without reading them."""
+    """Joins clips without reading them, and calls `read` with the number of each."""
 
-    def join_clips(self, clips, created_by):
+    def __init__(self, read=lambda number: None):
+        self.read = read
+
+    def join_clips(self, clips, created_by, on_clip):
+        for number in range(1, len(clips) + 1):
+            self.read(number)
+            on_clip(number)
         caption, frames = " ; ".join(clip.caption for clip in clips), sum(clip.frames for clip in clips)
         update = {"key": "joined.mp4", "caption": caption, "frames": frames, "source": clips[0].key}
         return clips[0].model_copy(update=update)
@@ -139,6 +146,30 @@ def test_a_plan_joins_only_clips_that_exist():
     (action,) = parse_plan(write_join(2, 1), 2)
     assert action.clips == (2, 1)
     assert parse_plan(write_join(1, 3), 2) == parse_plan(write_join(1), 2) == []
+
+
+def test_a_join_shows_its_progress_and_can_be_cancelled():
+    mllm = PlanningMLLM()
+    mllm.plans = {"join them": write_join(1, 2, 3)}
+    tools = JoiningTools()
+    conversation = Conversation(mllm=mllm, preset=PLANNING, media_tools=tools)
+    for text in ("a red ball", "a yellow star", "a green box"):
+        conversation.say(text)
+    read = []
+
+    def cancel_at_the_second(number):
+        read.append(number)
+        if number == 2:
+            conversation.thread.cancel()
+
+    tools.read = cancel_at_the_second
+    with pytest.raises(JobCancelled):
+        conversation.say("join them")
+    assert read == [1, 2] and len(conversation.thread.get_turns()) == 3
+    tools.read = read.append
+    assert conversation.say("join them").results[0].artifact.key == "joined.mp4"
+    steps = [(event.step, event.steps) for event in conversation.list_events(StepProgress)]
+    assert steps[-3:] == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_pictures_are_not_joined():
