@@ -204,6 +204,7 @@ class ThreadProgress:
     num_turns: int  # the complete ones
     has_unfinished_turn: bool  # whether steps of a turn remain to be run, other than a reply's
     question: str | None  # which waits for a reply
+    question_id: str | None = None  # another one for each time that a question is asked
 
 
 class ThreadRecord(FrozenModel):
@@ -232,6 +233,16 @@ class TurnRecord(FrozenModel):
     error: dict[str, Any] | None
     created_at: float
     cancel_requested: bool = False
+
+    def has_asked(self, progress: ThreadProgress, has_started: bool) -> bool:
+        """Return whether the open question is one that this turn has asked, and not the one that it replies to.
+
+        A process may have ended after a reply's first events and before the checkpoint that follows the question.
+        """
+        if not self.body["is_reply"]:
+            return True
+        question_id = self.body.get("question_id")  # a turn of an older version has none
+        return has_started if question_id is None else progress.question_id != question_id
 
 
 class TurnEvents(FrozenModel):

@@ -56,9 +56,10 @@ def is_turn_complete(snapshot: StateSnapshot) -> bool:
 
 
 def progress_from_state(snapshot: StateSnapshot) -> ThreadProgress:
-    question = str(snapshot.interrupts[0].value) if snapshot.interrupts else None
-    has_unfinished_turn = not is_turn_complete(snapshot) and question is None
-    return ThreadProgress(len(snapshot.values.get("turns", [])), has_unfinished_turn, question)
+    num_turns = len(snapshot.values.get("turns", []))
+    if snapshot.interrupts:
+        return ThreadProgress(num_turns, False, str(snapshot.interrupts[0].value), snapshot.interrupts[0].id)
+    return ThreadProgress(num_turns, not is_turn_complete(snapshot), None)
 
 
 def parse_turn_options(**options: object) -> TurnOptions:

@@ -155,6 +155,7 @@ class TurnRunner:
             "attachments": [attachment.model_dump() for attachment in attachments],
             "options": turn_options.model_dump(),
             "is_reply": is_reply,
+            "question_id": progress.question_id,
             "lane": lane,
             "retry_timeout_seconds": retry_timeout_seconds,
             "client_fields": client_fields or {},
@@ -409,7 +410,7 @@ class TurnRunner:
         progress = thread.get_progress()
         if progress.num_turns >= turn.number:
             yield TurnCompleted(turn=thread.get_turn(turn.number))
-        elif progress.question is not None and (has_started or not turn.body["is_reply"]):
+        elif progress.question is not None and turn.has_asked(progress, has_started):
             yield QuestionAsked(text=progress.question)
         elif progress.has_unfinished_turn and (has_started or turn.body["is_reply"]):
             yield from thread.resume()

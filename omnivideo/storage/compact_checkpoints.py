@@ -203,9 +203,10 @@ class CompactingSaver(ABC):
         interrupts = [
             self.serde.loads_typed((kind, bytes(data))) for kind, data in self.fetch_interrupt(thread_id, checkpoint_id)
         ]
-        question = str(interrupts[0][0].value) if interrupts else None
-        has_unfinished_turn = "num_turns" not in metadata and question is None
-        return ThreadProgress(metadata["lengths"]["turns"], has_unfinished_turn, question)
+        num_turns = metadata["lengths"]["turns"]
+        if interrupts:
+            return ThreadProgress(num_turns, False, str(interrupts[0][0].value), interrupts[0][0].id)
+        return ThreadProgress(num_turns, "num_turns" not in metadata, None)
 
     # ------------------------------------------------------------ packing
 

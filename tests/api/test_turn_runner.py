@@ -23,13 +23,14 @@ from omnivideo.backends.queue.durable import DurableQueue
 from omnivideo.contracts import Change, Job
 from omnivideo.errors import ArtifactNotFound, ModelUnavailable, StoreError
 from omnivideo.presets import TINY
+from omnivideo.storage.compact_checkpoints import open_sqlite_saver
 from omnivideo.storage.database.engine import create_memory_database
 from omnivideo.storage.database.jobs import JobRepository
 from omnivideo.storage.database.notifications import turn_topic
 from omnivideo.storage.database.schema import turns as turns_table
 from omnivideo.storage.database.turns import TurnRepository
 from omnivideo.storage.objects.memory import MemoryObjectStore
-from omnivideo.turns import TurnRecord
+from omnivideo.turns import Plan, PlanReady, TurnRecord
 from tests.support.openai_service import wait_until
 from tests.support.twins import InstantQueue, ScriptedMLLM
 
@@ -199,6 +200,50 @@ def test_a_late_heartbeat_of_an_earlier_attempt_does_not_stop_the_next_one(servi
     second = service.runner.running_turns[turn_id]
     assert second.attempt == 2
     service.runner.stop_if_interrupted(second)  # it raises if this attempt must stop
+
+
+FIVE_BALLS, FIVE_STARS = (
+    "; then ".join([f"a red {shape}"] * 5) for shape in ("ball", "star")
+)  # more than one turn has
+
+
+@pytest.fixture(params=["memory", "compact"])
+def questioned(request, tmp_path):
+    """A service whose thread waits for a reply, before it is started again."""
+    connection = sqlite3.connect(tmp_path / "threads.sqlite", check_same_thread=False)
+    service = Service(open_sqlite_saver(connection) if request.param == "compact" else None)
+    service.runner.start()
+    assert service.wait_for(service.create_turn("thread", FIVE_BALLS)).state == "asks"
+    service.runner.stop()
+    service.runner = service.create_runner()
+    yield service
+    service.runner.stop()
+    connection.close()
+
+
+def test_a_reply_is_not_lost_with_a_process_that_had_shown_its_plan(questioned):
+    reply = questioned.create_turn("thread", "yes")
+    turn = questioned.turns.claim_next_turn(60.0)
+    assert turn is not None
+    questioned.turns.append_event(turn, PlanReady(plan=Plan(actions=())).model_dump())
+    questioned.lose_process(reply)
+    questioned.restart()
+    assert questioned.wait_for(reply).state == "done"
+    assert questioned.list_prompts("thread") == ["a red ball"] * 4
+
+
+def test_a_reply_that_has_asked_is_not_given_to_its_own_question(questioned):
+    reply = questioned.create_turn("thread", "a picture of a red blue circle")
+    questioned.restart()
+    assert questioned.wait_for(reply).state == "asks"
+    questioned.runner.stop()
+    questioned.turns.fetch_all(
+        update(turns_table).where(turns_table.c.id == reply).values(state="running", heartbeat_at=0.0)
+    )
+    questioned.restart()
+    assert questioned.wait_for(reply).state == "asks"
+    assert questioned.wait_for(questioned.create_turn("thread", "blue")).state == "done"
+    assert len(questioned.list_prompts("thread")) == 1
 
 
 def test_one_owner_leaves_slots_to_others(service):

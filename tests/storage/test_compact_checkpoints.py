@@ -166,14 +166,16 @@ def test_progress_is_that_of_the_state(saver):
     thread = conversation.thread
 
     def check(num_turns, has_unfinished_turn, question):
-        expected = ThreadProgress(num_turns, has_unfinished_turn, question)
-        assert thread.get_progress() == expected == progress_from_state(thread.graph.get_state(thread.config))
+        progress = thread.get_progress()
+        assert progress == ThreadProgress(num_turns, has_unfinished_turn, question, progress.question_id)
+        assert progress == progress_from_state(thread.graph.get_state(thread.config))
+        return progress.question_id
 
-    check(1, False, None)
+    assert check(1, False, None) is None
     question = conversation.say("go back to the purple one").text
-    check(1, False, question)
+    first_id = check(1, False, question)
     question = conversation.say("what?").text
-    check(1, False, question)
+    assert None is not check(1, False, question) != first_id
     conversation.say("number 1")
     check(2, False, None)
     stop_in_a_step(conversation)
