@@ -45,7 +45,7 @@ def make_text_recipe(request):
     )
 
 
-def make_decoder_recipe(request):
+def make_decoder_recipe(request, known_decoder=None):
     torch.manual_seed(0)
     folder = request.getfixturevalue("tmp_path_factory").getbasetemp() / "cache"
     model = AutoencoderKLWan(**TINY.vae).eval().requires_grad_(False)
@@ -55,7 +55,9 @@ def make_decoder_recipe(request):
     torch.manual_seed(1)
     encoder = UMT5EncoderModel(UMT5Config(**text_encoder.CONFIG))
     tokenizer = request.getfixturevalue("text_tokenizer")
-    return decoder.build_decoder_recipe(sources, tokenizer, encoder, steps=STEPS, batch_sizes={1: 2, 9: 2, 17: 1})
+    return decoder.build_decoder_recipe(
+        sources, tokenizer, encoder, steps=STEPS, batch_sizes={1: 2, 9: 2, 17: 1}, known_decoder=known_decoder
+    )
 
 
 def make_mllm_recipe(request):

@@ -72,10 +72,18 @@ def build_decoder_recipe(
     text_encoder: UMT5EncoderModel,
     steps: int = 12_000,
     batch_sizes: Mapping[int, int] = BATCH_SIZES,
+    known_decoder: WanTransformer3DModel | None = None,
 ) -> Recipe:
-    """Build the recipe over sources of different lengths; lengths without a source are left out of the schedule."""
+    """Build the recipe over sources of different lengths; lengths without a source are left out of the schedule.
+
+    With `known_decoder` it goes on from that decoder, which knows shapes and colours.
+    """
     torch.manual_seed(2)
     decoder = build_decoder(TINY)
+    layout_start_step = LAYOUT_START_STEP
+    if known_decoder is not None:
+        decoder.load_state_dict(known_decoder.state_dict())
+        layout_start_step = 0
     model = DecoderFoundation(decoder, text_encoder)
     source_by_length = {source.frame_count: source for source in sources}
     schedule = [frame_count for frame_count in LENGTH_SCHEDULE if frame_count in source_by_length]
@@ -92,7 +100,7 @@ def build_decoder_recipe(
             text, current_rank().global_max(max(TINY.condition.min_tokens, text.shape[1])), MAX_TEXT_TOKENS
         )
         error = flow_matching_loss(
-            decoder, latents.to(condition.device), condition, 0.5 if step >= LAYOUT_START_STEP else 0.0
+            decoder, latents.to(condition.device), condition, 0.5 if step >= layout_start_step else 0.0
         ).mean()
         return {"loss": error, source.name: error}
 

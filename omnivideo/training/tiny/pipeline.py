@@ -32,6 +32,7 @@ from omnivideo.training.recipes import parts
 from omnivideo.training.recipes.flow import FLOW_BATCH_SIZES
 from omnivideo.training.tiny import alignment_stages, flow_stages, mllm, text_encoder
 from omnivideo.training.tiny.decoder import (
+    BATCH_SIZES,
     SCENE_COUNTS,
     CaptionedLatents,
     DecoderFoundation,
@@ -192,11 +193,12 @@ class TinyPipeline:
         for frame_count, count in SCENE_COUNTS.items():
             with self.run.show_preparation(f"latents of {frame_count} frames") as on_progress:
                 sources.append(CaptionedLatents(self.runs_folder / "cache", vae, frame_count, count, on_progress))
-        recipe = build_decoder_recipe(sources, self.load_tokenizer(), self.load_text_encoder())
-        if self.continues_from_weights:
-            decoder = self.load_shipped_part(WanTransformer3DModel, "transformer")
-            recipe.model.get_submodule("decoder").load_state_dict(decoder.state_dict())
-        return recipe
+        known_decoder = (
+            self.load_shipped_part(WanTransformer3DModel, "transformer") if self.continues_from_weights else None
+        )
+        batch_sizes = {frames: size * self.batch_scale for frames, size in BATCH_SIZES.items()}
+        tokenizer, encoder = self.load_tokenizer(), self.load_text_encoder()
+        return build_decoder_recipe(sources, tokenizer, encoder, batch_sizes=batch_sizes, known_decoder=known_decoder)
 
     def load_foundation(self) -> DecoderFoundation:
         """Return the decoder with the text encoder of its training, or the parts that replace its missing run."""
