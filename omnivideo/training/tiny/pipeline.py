@@ -141,12 +141,10 @@ class TinyPipeline:
 
     def build_text_recipe(self) -> Recipe:
         folder = self.runs_folder / "text" / "tokenizer"
-        if self.starts_from_nothing("text"):
-            return text_encoder.build_text_recipe(text_encoder.load_or_build_tokenizer(folder))
-        known_encoder = (
-            self.load_shipped_part(UMT5EncoderModel, "text_encoder") if self.continues_from_weights else None
-        )
-        return text_encoder.build_text_recipe(self.load_tokenizer(), known_encoder=known_encoder)
+        from_nothing = self.starts_from_nothing("text")
+        tokenizer = text_encoder.load_or_build_tokenizer(folder) if from_nothing else self.load_tokenizer()
+        known_encoder = self.load_known_part(UMT5EncoderModel, "text_encoder")
+        return text_encoder.build_text_recipe(tokenizer, known_encoder=known_encoder)
 
     def load_tokenizer(self) -> Any:
         return text_encoder.load_or_build_tokenizer(
@@ -172,6 +170,10 @@ class TinyPipeline:
             .to(self.device)
         )
 
+    def load_known_part(self, model_class: Any, name: str) -> Any:
+        """Return the part with which its recipe goes on; None if it starts from nothing."""
+        return self.load_shipped_part(model_class, name) if self.continues_from_weights else None
+
     def build_mllm_recipe(self) -> Recipe:
         folder = self.runs_folder / "mllm" / "tokenizer"
         tokenizer = (
@@ -193,9 +195,7 @@ class TinyPipeline:
         for frame_count, count in SCENE_COUNTS.items():
             with self.run.show_preparation(f"latents of {frame_count} frames") as on_progress:
                 sources.append(CaptionedLatents(self.runs_folder / "cache", vae, frame_count, count, on_progress))
-        known_decoder = (
-            self.load_shipped_part(WanTransformer3DModel, "transformer") if self.continues_from_weights else None
-        )
+        known_decoder = self.load_known_part(WanTransformer3DModel, "transformer")
         batch_sizes = {frames: size * self.batch_scale for frames, size in BATCH_SIZES.items()}
         tokenizer, encoder = self.load_tokenizer(), self.load_text_encoder()
         return build_decoder_recipe(sources, tokenizer, encoder, batch_sizes=batch_sizes, known_decoder=known_decoder)
